@@ -1,0 +1,94 @@
+"""Rewrites a declared read into a cheaper exact one and chooses what runs it; `explain` says how and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import BackendError
+from .backends import chunked, reference, sdpa
+from .read import Operands, Read, fold_weights, reachable_pairs
+
+
+BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "chunked": chunked, "reference": reference}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a read is executed: the backend, the folds applied, why each faster backend was refused, expected cost.
+
+    flops: floating-point operations of the two matrix products over the keys that the mask can reach. bytes: the
+    tensors read and written once, plus what the backend holds beside them.
+    """
+
+    backend: str
+    folds: tuple[str, ...]
+    refused: dict[str, str]
+    flops: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"backend": self.backend, "folds": list(self.folds), "refused": dict(self.refused), "flops": self.flops, "bytes": self.bytes}
+
+    def __str__(self) -> str:
+        lines = [f"backend   {self.backend}"]
+        lines += [f"fold      {fold}" for fold in self.folds]
+        lines += [f"not {name:<6}{reason}" for name, reason in self.refused.items()]
+        lines.append(f"expected  {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A read ready to run."""
+
+    read: Read
+    backend: str
+    explanation: Explanation
+
+    def run(self, x: Operands) -> Tensor:
+        """(b, h, n, dv)."""
+        out: Tensor = BACKENDS[self.backend].run(self.read, x)
+        return out
+
+
+def plan(read: Read, x: Operands, backend: str | None = None) -> Execution:
+    """Folds what can be folded and picks the first backend of BACKENDS that accepts, or the one named.
+
+    Raises: BackendError if the named backend does not exist or refuses, with its reason.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise BackendError(f"there is no backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    folded, folds = fold_weights(read)
+    if backend == "reference":
+        folded, folds = read, []  # the specification runs what was declared
+    refused: dict[str, str] = {}
+    for name, module in BACKENDS.items():
+        if backend is not None and name != backend:
+            continue
+        reason = module.refuses(folded, x)
+        if reason is None:
+            return Execution(folded, name, Explanation(name, tuple(folds), refused, _flops(folded, x), _bytes(folded, x, name)))
+        refused[name] = reason
+    raise BackendError(f"backend {backend!r} cannot run this read: {refused[backend or '']}; leave backend= out to let the planner choose")
+
+
+def _flops(read: Read, x: Operands) -> int:
+    b, h, _, d = x.q.shape
+    dv = d if x.v is None else x.v.shape[-1]
+    return 2 * b * h * reachable_pairs(read, x) * (d + dv)
+
+
+def _bytes(read: Read, x: Operands, backend: str) -> int:
+    tensors = [t for t in (x.q, x.k, x.v) if t is not None]
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    moved += x.q.shape[0] * x.q.shape[1] * x.q.shape[2] * (x.v.shape[-1] if x.v is not None else 0) * x.q.element_size()
+    if backend == "reference":
+        moved += 2 * 4 * x.q.shape[0] * x.q.shape[1] * x.q.shape[2] * x.k.shape[2]
+    return moved
+
+

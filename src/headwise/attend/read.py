@@ -1,0 +1,224 @@
+"""A declared read: its stages in order, its tensors with their positions, and the row sweep that defines what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import ShapeError
+from .stage import And, Bias, Block, Mask, Normalizer, Output, Score, Stage, Weights, softmax
+
+SWEEP_BYTES = 64 * 2**20  # of scores held at once
+BLOCK_COUNT_ROWS = 256  # rows a block when costs are counted
+
+
+@dataclass(frozen=True)
+class Read:
+    """How queries read keys and values, in the order in which it happens."""
+
+    scale: float
+    scoring: tuple[Score | Bias, ...] = ()
+    mask: Mask | None = None
+    normalizer: Normalizer | None = None
+    weights: tuple[Weights, ...] = ()
+    outputs: tuple[Output, ...] = ()
+
+    @staticmethod
+    def of(stages: tuple[Stage, ...], scale: float) -> Read:
+        """Sorts stages by kind.
+
+        Raises: ShapeError for an object that is no stage, or two normalizers.
+        """
+        scoring = tuple(s for s in stages if isinstance(s, Score | Bias))
+        masks = tuple(s for s in stages if isinstance(s, Mask))
+        normalizers = [s for s in stages if isinstance(s, Normalizer)]
+        weights = tuple(s for s in stages if isinstance(s, Weights))
+        outputs = tuple(s for s in stages if isinstance(s, Output))
+        if len(scoring) + len(masks) + len(normalizers) + len(weights) + len(outputs) != len(stages):
+            strange = next(s for s in stages if not isinstance(s, Score | Bias | Mask | Normalizer | Weights | Output))
+            raise ShapeError(f"{strange!r} is no stage; give Mask, Bias, Score, Normalizer, Weights or Output stages")
+        if len(normalizers) > 1:
+            names = ", ".join(type(n).__name__ for n in normalizers)
+            raise ShapeError(f"a read has one normalizer, not {len(normalizers)}: {names}")
+        mask = masks[0] if len(masks) == 1 else And(masks) if masks else None
+        return Read(scale, scoring, mask, normalizers[0] if normalizers else None, weights, outputs)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, in order."""
+        masks = (self.mask,) if self.mask else ()
+        normalizers = (self.normalizer,) if self.normalizer else ()
+        return (*self.scoring, *masks, *normalizers, *self.weights, *self.outputs)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a read. `aligned`: queries are the last n of keys 0..m-1, in order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    query_position: Tensor
+    key_position: Tensor
+    aligned: bool
+
+    @staticmethod
+    def of(
+        q: Float[Tensor, "b hq n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m dv"] | None,
+        query_positions: Int[Tensor, "... n"] | None = None,
+        key_positions: Int[Tensor, "... m"] | None = None,
+    ) -> Operands:
+        """Checks shapes and fills in positions.
+
+        Raises: ShapeError with both numbers where shapes do not fit.
+        """
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor is not None and tensor.dim() != 4:
+                raise ShapeError(f"{name} has {tensor.dim()} dimensions; attention needs (batch, heads, tokens, size)")
+        if q.shape[-1] != k.shape[-1]:
+            raise ShapeError(f"q has head size {q.shape[-1]}, k has {k.shape[-1]}; they must agree")
+        if q.shape[1] % k.shape[1]:
+            raise ShapeError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads; merge or repeat heads first")
+        if k.shape[0] not in (1, q.shape[0]):
+            raise ShapeError(f"q has batch {q.shape[0]}, k has {k.shape[0]}")
+        if v is not None and v.shape[:3] != k.shape[:3]:
+            raise ShapeError(f"k is {tuple(k.shape)}, v is {tuple(v.shape)}; batch, heads and tokens must agree")
+        n, m = q.shape[2], k.shape[2]
+        aligned = query_positions is None and key_positions is None
+        if query_positions is None:
+            query_positions = torch.arange(m - n, m, device=q.device)
+        if key_positions is None:
+            key_positions = torch.arange(m, device=q.device)
+        if query_positions.shape[-1] != n or key_positions.shape[-1] != m:
+            raise ShapeError(f"{query_positions.shape[-1]} query and {key_positions.shape[-1]} key positions for {n} queries and {m} keys")
+        return Operands(q, k, v, torch.atleast_2d(query_positions), torch.atleast_2d(key_positions), aligned)
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    def own_value(self) -> Tensor | None:
+        """(b, h, n, dv): the value at each query's own place, where queries are the last keys; None elsewhere."""
+        n, m = self.q.shape[2], self.k.shape[2]
+        if self.v is None or not self.aligned or n > m:
+            return None
+        return repeat_heads(self.v[:, :, m - n :], self.groups)
+
+
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """(b, hk, m, d) -> (b, hk * groups, m, d), each head `groups` times in a row."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype scores are held in: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+KeyIndex = slice | Tensor | None
+
+
+def needed_keys(read: Read, x: Operands, start: int, stop: int) -> KeyIndex:
+    """The keys that rows start..stop-1 can reach by the mask: a slice if they stand together, None for all of them."""
+    if read.mask is None or not x.aligned:
+        return None
+    m, offset = x.k.shape[2], x.k.shape[2] - x.q.shape[2]
+    intervals = [(max(0, a), min(m, b)) for a, b in read.mask.reach(offset + start, offset + stop)]
+    intervals = [(a, b) for a, b in intervals if a < b] or [(0, 1)]
+    if sum(b - a for a, b in intervals) >= m:
+        return None
+    if len(intervals) == 1:
+        return slice(*intervals[0])
+    return torch.cat([torch.arange(a, b, device=x.q.device) for a, b in intervals])
+
+
+def take_keys(tensor: Tensor, keys: KeyIndex) -> Tensor:
+    """(b, h, m, ...) -> (b, h, needed, ...)."""
+    return tensor if keys is None else tensor[:, :, keys]
+
+
+def reachable_pairs(read: Read, x: Operands) -> int:
+    """Query-key pairs that the mask can reach, counted a block of rows at a time."""
+    n, m = x.q.shape[2], x.k.shape[2]
+    total = 0
+    for start in range(0, n, BLOCK_COUNT_ROWS):
+        stop = min(start + BLOCK_COUNT_ROWS, n)
+        keys = needed_keys(read, x, start, stop)
+        count = m if keys is None else keys.stop - keys.start if isinstance(keys, slice) else len(keys)
+        total += (stop - start) * count
+    return total
+
+
+def block_of(x: Operands, start: int, stop: int, keys: KeyIndex) -> Block:
+    """Rows start..stop-1 against the given keys."""
+    index = torch.arange(x.k.shape[2], device=x.k.device)
+    position = x.key_position
+    if keys is not None:
+        index, position = index[keys], position[:, keys]
+    rows = torch.arange(start, stop, device=x.k.device)
+    key = repeat_heads(take_keys(x.k, keys), x.groups)
+    return Block(x.q[:, :, start:stop], key, rows, index, x.query_position[:, start:stop], position)
+
+
+def visibility(read: Read, block: Block) -> Tensor:
+    """Booleans that broadcast to (b, h, c, m): the masks, and no empty slots."""
+    visible = (block.key_position >= 0)[:, None, None, :]
+    return visible if read.mask is None else visible & read.mask.visible(block)
+
+
+def scores(read: Read, block: Block) -> Tensor:
+    """(b, h, c, m) scores in compute dtype, after every score and bias stage, -inf where masked."""
+    dtype = compute_dtype(block.query)
+    s = torch.matmul(block.query.to(dtype), block.key.to(dtype).transpose(-1, -2)) * read.scale
+    for stage in read.scoring:
+        s = stage.score(s, block) if isinstance(stage, Score) else s + stage.bias(block).to(dtype)
+    return s.masked_fill(~visibility(read, block), -torch.inf)
+
+
+def weigh(read: Read, s: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Scores -> weights (b, h, c, m) after every weight edit, and the log-normalizer (b, h, c)."""
+    weights, log_normalizer = read.normalizer.normalize(s) if read.normalizer else softmax(s)
+    for stage in read.weights:
+        weights = stage.edit(weights, block)
+    return weights, log_normalizer
+
+
+def row_blocks(x: Operands, rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """(start, stop) of row blocks whose scores fit SWEEP_BYTES, or of `rows` rows each."""
+    b, h, n, _ = x.q.shape
+    if rows is None:
+        rows = max(16, SWEEP_BYTES // max(1, b * h * x.k.shape[2] * compute_dtype(x.q).itemsize))
+    for start in range(0, n, rows):
+        yield start, min(start + rows, n)
+
+
+def apply_outputs(read: Read, out: Tensor, x: Operands) -> Tensor:
+    """The output stages, in order."""
+    own = x.own_value() if read.outputs else None
+    for stage in read.outputs:
+        out = stage.output(out, own)
+    return out
+
+
+def check_stages(read: Read, heads: int) -> None:
+    """Raises: ShapeError if a stage carries another number of heads."""
+    for stage in read.stages():
+        stage.check_heads(heads)
+
+
+def fold_weights(read: Read) -> tuple[Read, list[str]]:
+    """Turns weight edits into output stages where they are exactly that; returns the read and what was folded, in words."""
+    folds, outputs = [], []
+    for stage in read.weights:
+        folded = stage.fold()
+        if folded is None:
+            return read, []  # order matters: fold all or none
+        outputs.append(folded)
+        folds.append(f"{type(stage).__name__} on the weights = {type(folded).__name__} on the output")
+    return replace(read, weights=(), outputs=(*outputs, *read.outputs)), folds

@@ -1,0 +1,1 @@
+"""Opening any model: what its heads are, capture, running under a plan. The only room that knows transformers."""

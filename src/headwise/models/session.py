@@ -1,0 +1,337 @@
+"""What headwise does to one model at the moment.
+
+While anything is installed, the model's configs name the implementation "headwise"; when the last thing is removed,
+everything is as it was. Nothing is kept on classes or modules; two models, or two plans on one, do not meet.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache, StaticCache
+
+from ..caches import Keep, LayerStore, View
+from ..errors import GeometryError, PlanError, UnsupportedModelError
+from .cache import HeadCache, HeadCacheLayer
+from .call import Call, Reading, model_stages
+from .interface import BASES, IMPLEMENTATION, MODULES, base_attention, base_attention_of, base_for, base_of, is_causal, register
+from .layout import Layout, Site, find_layout
+from .program import Entry, Program, compile_site
+from .reading import make_readings
+
+
+class Tap(Protocol):
+    """Sees every attention call of a model, and may return another output (b, n, h, d) for it."""
+
+    def __call__(self, call: Call, out: Tensor) -> Tensor | None:
+        """out: (b, n, h, d)."""
+        ...
+
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session of a model; made, with its layout, when first asked for.
+
+    Raises: UnsupportedModelError if headwise cannot reach the model's attention.
+    """
+    session = _SESSIONS.get(model)
+    if session is None:
+        session = _SESSIONS[model] = Session(model)
+    return session
+
+
+class Session:
+    """Entries of plans and taps in force on one model, and how its attention runs under them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layout: Layout = find_layout(model)
+        self._model = weakref.ref(model)
+        self._entries: list[tuple[object, tuple[Entry, ...]]] = []
+        self._taps: list[tuple[object, Tap]] = []
+        self._programs: dict[tuple[str, int], Program] = {}
+        self._sites: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
+        for stack in self.layout.stacks.values():
+            for site in stack.sites:
+                self._sites[model.get_submodule(site.path)] = site
+        self._configs: list[tuple[Any, Any]] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._version = 0
+        self._signature = inspect.signature(type(model).forward)
+        self._forget_forward()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self  # a copied model has no session: its attention says so
+
+    # ---- installing and removing ------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, while it lives."""
+        model = self._model()
+        if model is None:
+            raise PlanError("the model of this session no longer exists")
+        return model
+
+    def install(self, *, entries: Sequence[Entry] = (), tap: Tap | None = None) -> Callable[[], None]:
+        """Puts entries or a tap in force; returns what removes them (calling it again does nothing)."""
+        token = object()
+        if not self._entries and not self._taps:
+            self._take_over()
+        if tap is not None:
+            self._taps.append((token, tap))
+        else:
+            self._entries.append((token, tuple(entries)))
+            self._changed()
+
+        def remove() -> None:
+            installed = len(self._entries) + len(self._taps)
+            entries = [item for item in self._entries if item[0] is not token]
+            if len(entries) != len(self._entries):
+                self._entries = entries
+                self._changed()
+            self._taps = [item for item in self._taps if item[0] is not token]
+            if installed and not self._entries and not self._taps:
+                self._give_back()
+
+        return remove
+
+    def _changed(self) -> None:
+        self._programs.clear()
+        self._version += 1
+
+    def _take_over(self) -> None:
+        register()
+        model = self.model
+        for config in _configs_of(model):
+            named = config._attn_implementation_internal
+            self._configs.append((config, named))
+            BASES[id(config)] = base_for(named, model)
+            config._attn_implementation_internal = IMPLEMENTATION
+        for module in self._sites:
+            MODULES[module] = weakref.ref(self)
+        self._hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self._after, always_call=True))
+
+    def _give_back(self) -> None:
+        for config, named in self._configs:
+            config._attn_implementation_internal = named
+            BASES.pop(id(config), None)
+        self._configs.clear()
+        for module in self._sites:
+            MODULES.pop(module, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._forget_forward()
+
+    # ---- around a forward pass --------------------------------------------------------------------------------------
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Notes padding, and puts a per-head cache in the place of an empty default one where plans free memory."""
+        self._forget_forward()
+        try:
+            bound = self._signature.bind_partial(model, *args, **kwargs)
+        except TypeError:  # the model itself will say what is wrong with its arguments
+            return args, kwargs
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        own = "decoder_attention_mask" if self.layout.encoder_decoder else "attention_mask"
+        self._token_mask = _two_dimensional(given.get(own))
+        self._encoder_mask = _two_dimensional(given.get("attention_mask"))
+        cache = given.get("past_key_values")
+        if self._masks_main():
+            if isinstance(cache, StaticCache):
+                raise PlanError("a plan with masks cannot run on a StaticCache, whose slots have no order; use generate's default cache")
+            wanted = self._make_cache() if self._may_replace(cache, given) else None
+            if wanted is not None and isinstance(cache, EncoderDecoderCache):
+                cache.self_attention_cache = wanted
+            elif wanted is not None:
+                cache = wanted
+                target = bound.arguments if "past_key_values" in self._signature.parameters else bound.arguments.setdefault("kwargs", {})
+                target["past_key_values"] = wanted
+                args, kwargs = bound.args[1:], bound.kwargs
+        held = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        self._cache = held if isinstance(held, HeadCache) else None
+        return args, kwargs
+
+    def _after(self, *_: Any) -> None:
+        self._forget_forward()
+
+    def _forget_forward(self) -> None:
+        self._token_mask: Tensor | None = None
+        self._encoder_mask: Tensor | None = None
+        self._pads: list[int] | None = None
+        self._cache: HeadCache | None = None
+
+    def _masks_main(self) -> bool:
+        """Whether a plan masks heads of the main stack."""
+        return any(group.mask is not None for site in self.layout.main.sites for group in self.program(site).groups)
+
+    # ---- caches -----------------------------------------------------------------------------------------------------
+
+    def _may_replace(self, cache: Any, given: dict[str, Any]) -> bool:
+        """Whether a per-head cache may stand in: for an empty default cache, or for none where the model would make one."""
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is not None:
+            return type(cache) is DynamicCache and cache.get_seq_length() == 0
+        use = given.get("use_cache")
+        if use is None:
+            use = getattr(self.model.config.get_text_config(decoder=True), "use_cache", False)
+        known = any(name in self._signature.parameters for name in ("past_key_values", "kwargs"))
+        return bool(use) and known and not self.model.training and not self.layout.encoder_decoder
+
+    def _make_cache(self) -> HeadCache | None:
+        """A cache for the plans in force; None if every head keeps everything anyway."""
+        template = DynamicCache(config=self.model.config)
+        sites = {site.cache_layer: site for site in self.layout.main.sites}
+        if template.layer_class_to_replicate is not None:
+            template.layers = [DynamicLayer() for _ in sites]
+        version, own, freed = self._version, weakref.ref(self), False
+
+        def check() -> None:
+            session = own()
+            if session is None or session._version != version:
+                raise PlanError("this cache was filled under another plan; continue it under the plan that it was filled under")
+
+        layers: list[Any] = []
+        for index, layer in enumerate(template.layers):
+            site = sites.get(index)
+            if site is None or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                layers.append(layer)
+                continue
+            window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+            keeps: list[Keep | None] = self.program(site).keeps(site, window)
+            freed |= self.program(site).keeps(site, None) != [None] * site.key_value_heads
+            layers.append(HeadCacheLayer(keeps, window, check))
+        return HeadCache(layers=layers) if freed else None
+
+    def _store(self, site: Site, key: Tensor) -> tuple[LayerStore, Tensor, Tensor] | None:
+        """The store that this call fills, and the new keys and values; None if the call has no per-head cache."""
+        if self._cache is None or site.stack != self.layout.main.name or site.cache_layer is None:
+            return None
+        layer = self._cache.layers[site.cache_layer]
+        new = layer.take(key, site.path) if isinstance(layer, HeadCacheLayer) else None
+        return None if new is None else (layer.store, *new)
+
+    # ---- one attention call -----------------------------------------------------------------------------------------
+
+    def program(self, site: Site) -> Program:
+        """What the plans in force ask of one module."""
+        key = (site.stack, site.layer)
+        if key not in self._programs:
+            self._programs[key] = compile_site(site, [entry for _, entries in self._entries for entry in entries])
+        return self._programs[key]
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> Tensor:
+        """(b, n, h, dv): one call of the model's attention under what is installed."""
+        site = self._sites[module]
+        if q.shape[1] != site.heads or k.shape[1] not in (site.key_value_heads, site.heads):
+            raise GeometryError(
+                f"{site.path} computes {q.shape[1]} query and {k.shape[1]} key heads; "
+                f"its attributes said {site.heads} and {site.key_value_heads}"
+            )
+        program = self.program(site)
+        stored = self._store(site, k)
+        readings: tuple[Reading, ...] = ()
+        if stored is not None or self._taps or not program.plain:
+            store, k, v = stored if stored is not None else (None, k, v)
+            readings = self._readings(module, site, program, q, k, v, mask, extras, store)
+        if stored is None and program.plain:
+            out = base_attention(module, q, k, v, mask, extras)
+        elif extras.get("dropout"):
+            raise PlanError(f"this plan changes how heads read, which knows no attention dropout ({extras['dropout']}); set it to 0")
+        else:
+            out = self._run(module, site, readings, mask, extras)
+        for heads, stage in program.outputs:
+            edited = stage.output(out[:, :, list(heads)].transpose(1, 2), None).transpose(1, 2)
+            if len(heads) < site.heads:
+                edited, part = out.clone(), edited
+                edited[:, :, list(heads)] = part
+            out = edited
+        if self._taps:
+            call = Call(site, q, k, v, readings, self._valid(site, q.shape[2]))
+            for _, tap in self._taps:
+                changed = tap(call, out)
+                out = out if changed is None else changed
+        return out.contiguous()
+
+    def _readings(
+        self, module: nn.Module, site: Site, program: Program, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+        extras: dict[str, Any], store: LayerStore | None,
+    ) -> tuple[Reading, ...]:  # fmt: skip
+        causal, n = is_causal(module, extras), q.shape[2]
+        pads = self._left_pads(q.shape[0]) if site.stack == self.layout.main.name else None
+        if store is None:
+            if causal and mask is None and 1 < n < k.shape[2]:  # an empty static cache: transformers reads its filled part
+                k, v = k[:, :, :n], v[:, :, :n]
+            total = k.shape[2]
+            number = torch.arange(total, device=k.device)[None]
+            views = [View(tuple(range(k.shape[1])), None, k, v, number, ordered=True, exact=False)]
+        else:
+            if mask is None and causal and n > 1 and store.seen:
+                raise UnsupportedModelError(f"{site.path} gives no mask for a prompt in parts; per-head caching needs one")
+            views = store.extend(k, v, pads)
+            total = store.seen
+        own, visible = model_stages(q, total, mask, causal, extras, site.path)
+        scale = extras.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        return make_readings(site, program, q, views, own, visible, scale, total, pads)
+
+    def _run(
+        self, module: nn.Module, site: Site, readings: Sequence[Reading], mask: Tensor | None, extras: dict[str, Any]
+    ) -> Tensor:
+        """(b, n, h, dv): every reading, put together; heads without a plan go through the model's own kernel call."""
+        untouched = {group.heads for group in self.program(site).groups if not group.stages}
+        out: Tensor | None = None
+        for reading in readings:
+            if self._cache is None and reading.heads in untouched and base_of(module) == "sdpa":
+                part = base_attention_of(module, reading, mask, extras)
+            else:
+                part = reading.run().transpose(1, 2)
+            if len(readings) == 1:
+                return part
+            if out is None:
+                out = part.new_empty(*part.shape[:2], site.heads, part.shape[-1])
+            out[:, :, list(reading.heads)] = part
+        assert out is not None
+        return out
+
+    def _left_pads(self, rows: int) -> list[int] | None:
+        """Left padding of each row of the main stack's tokens; None if there is none."""
+        if self._token_mask is None or self._token_mask.shape[0] != rows:
+            return None
+        if self._pads is None:
+            self._pads = (self._token_mask.long().cumsum(1) == 0).sum(1).tolist()
+        return self._pads if any(self._pads) else None
+
+    def _valid(self, site: Site, n: int) -> Tensor | None:
+        """(b, n): which queries are real tokens; None if all are."""
+        mask = self._encoder_mask if site.stack == "encoder" else self._token_mask
+        if mask is None or site.stack not in (self.layout.main.name, "encoder", "cross") or mask.shape[1] < n:
+            return None
+        return mask[:, -n:].bool()
+
+
+def _configs_of(model: nn.Module) -> list[Any]:
+    """Every config object that decides an attention implementation, once."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        todo = [config] if config is not None else []
+        while todo:
+            item = todo.pop()
+            if hasattr(item, "_attn_implementation_internal") and id(item) not in found:
+                found[id(item)] = item
+                todo += [sub for key in getattr(item, "sub_configs", ()) if (sub := getattr(item, key, None)) is not None]
+    return list(found.values())
+
+
+def _two_dimensional(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -1,0 +1,1 @@
+"""The small parts of a read: masks, biases, scores, normalizers and edits; one file each."""

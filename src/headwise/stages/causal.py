@@ -1,0 +1,35 @@
+"""Causal masking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..attend.stage import Block, Interval, Mask
+from ..card import Card
+
+CARD = Card(
+    paper="Attention Is All You Need",
+    year=2017,
+    room="softmax",
+    source="arXiv:1706.03762, sec. 3.2.3",
+)
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """Hides later keys: a query at position i reads keys at positions j <= i."""
+
+    is_causal = True
+
+    def visible(self, block: Block) -> Tensor:
+        return block.distance() >= 0
+
+    def reach(self, low: int, high: int) -> list[Interval]:
+        return [(0, high)]
+
+
+def oracle(stage: Causal, i: int, j: int) -> bool:
+    """Whether a query at position i may read a key at position j."""
+    return j <= i

@@ -1,0 +1,35 @@
+"""Attention sinks: the first tokens, always visible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..attend.stage import Block, Interval, Mask
+from ..card import Card
+
+CARD = Card(
+    paper="Efficient Streaming Language Models with Attention Sinks",
+    year=2023,
+    room="cache",
+    source="arXiv:2309.17453, sec. 3; keys keep their true positions (the paper renumbers positions inside the cache)",
+)
+
+
+@dataclass(frozen=True)
+class Sink(Mask):
+    """Shows the first `size` tokens. Joined with a window, `Window(w) | Sink(s)`, it is a streaming head's view."""
+
+    size: int
+
+    def visible(self, block: Block) -> Tensor:
+        return (block.key_position < self.size)[:, None, None, :]
+
+    def reach(self, low: int, high: int) -> list[Interval]:
+        return [(0, self.size)]
+
+
+def oracle(stage: Sink, i: int, j: int) -> bool:
+    """Whether a query at position i may read a key at position j."""
+    return j in range(stage.size)

@@ -1,0 +1,34 @@
+"""Sharper or flatter heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..attend.stage import Block, Score
+from ..card import Card
+
+CARD = Card(
+    paper="Attention Is All You Need",
+    year=2017,
+    room="softmax",
+    source="arXiv:1706.03762, sec. 3.2.1, whose 1 / sqrt(d) is one choice of temperature",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Temperature(Score):
+    """Divides scores by a temperature for each head: above 1 flattens, below 1 sharpens. value: (heads,)."""
+
+    value: Tensor
+    per_head: ClassVar[tuple[str, ...]] = ("value",)
+
+    def score(self, scores: Tensor, block: Block) -> Tensor:
+        return scores / self.value.to(scores).view(-1, 1, 1)
+
+
+def oracle(stage: Temperature, score: float, head: int, i: int, j: int) -> float:
+    """The score of a query at i for a key at j, after the stage."""
+    return score / float(stage.value[head if len(stage.value) > 1 else 0])
