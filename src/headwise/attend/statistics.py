@@ -98,17 +98,22 @@ class PositionMass(Statistic):
     def of(self, sweep: Sweep) -> Tensor:
         position = sweep.block.key_position
         inside = (position >= self.start) & (position < self.stop)
-        return (sweep.weights * inside[:, None, None, :]).sum(-1)
+        return torch.einsum("bhcm,bm->bhc", sweep.weights, inside.to(sweep.weights.dtype).expand(sweep.weights.shape[0], -1))
 
 
 @dataclass(frozen=True)
-class NearMass(Statistic):
-    """(b, h, n): weight on keys closer than `window` tokens (the query's own place counts)."""
+class LocalMass(Statistic):
+    """(b, h, n): weight on the first `sink` positions and on keys closer than `window` (the query's own place counts)."""
 
+    sink: int
     window: int
 
     def of(self, sweep: Sweep) -> Tensor:
-        return (sweep.weights * (sweep.block.distance().abs() < self.window)).sum(-1)
+        position = sweep.block.key_position[:, None, None, :]
+        local = (sweep.block.distance().abs() < self.window) | ((position >= 0) & (position < self.sink))
+        if local.shape[0] == 1:
+            return torch.einsum("bhcm,cm->bhc", sweep.weights, local[0, 0].to(sweep.weights.dtype))
+        return (sweep.weights * local).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,11 +29,16 @@ CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Site:
-    """One attention module: its place in the model and its heads. cache_layer: which layer of a cache it fills, if any."""
+    """One attention module: its place in the model and its heads.
+
+    path: of the module; block: of the layer that holds it (attention and feed-forward). cache_layer: which layer of a
+    cache it fills, if any.
+    """
 
     stack: str
     layer: int
     path: str
+    block: str
     heads: int
     key_value_heads: int
     head_dim: int
@@ -182,6 +187,16 @@ def _tower(path: str, causal: bool, encoder_decoder: bool, pixels: bool) -> str:
     return "decoder" if causal else "encoder"
 
 
+def _blocks(paths: list[str]) -> list[str]:
+    """The shortest beginnings of the paths, each ending in a number, that tell the sites apart; the paths where none do."""
+    for depth in range(1, 5):
+        matches = [re.match(r"(?:.*?\.\d+(?=\.|$)){%d}" % depth, path) for path in paths]
+        starts = [match[0] for match in matches if match]
+        if len(set(starts)) == len(paths):
+            return starts
+    return paths
+
+
 def _attention_like(model: nn.Module, sites: set[str]) -> Iterator[str]:
     """Classes of modules that look like attention, hold weights of their own, and neither are nor hold a site."""
     for path, module in model.named_modules():
@@ -228,9 +243,9 @@ def find_layout(model: nn.Module) -> Layout:
         while label in stacks:
             count += 1
             label = f"{base}{count}"
-        sites = []
+        sites, blocks = [], _blocks([site_path for site_path, _ in run])
         for layer, (site_path, site) in enumerate(run):
             cache_layer = getattr(site, "layer_idx", None)
-            sites.append(Site(label, layer, site_path, *_geometry(site_path, site), cache_layer))
+            sites.append(Site(label, layer, site_path, blocks[layer], *_geometry(site_path, site), cache_layer))
         stacks[label] = Stack(label, "cross" if cross else "self", causal, tuple(sites))
     return Layout(stacks, unreached, encoder_decoder)

@@ -62,6 +62,7 @@ class Session:
                 self._sites[model.get_submodule(site.path)] = site
         self._configs: list[tuple[Any, Any]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.applied: dict[object, Callable[[], None]] = {}  # plans applied until removed, and what removes each
         self._version = 0
         self._signature = inspect.signature(type(model).forward)
         self._forget_forward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,11 @@ class Subject:
         return next(self.model.parameters()).device
 
     @property
+    def forward_names(self) -> frozenset[str]:
+        """The arguments that the model's forward names."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
+    @property
     def text_config(self) -> Any:
         """The config of the part that reads tokens."""
         return self.model.config.get_text_config(decoder=True)
@@ -125,7 +131,11 @@ class Subject:
             raise InputError(f"{self.name} has no tokenizer here; give one, or token ids")
         if not text.strip():
             raise InputError("the text is empty; give some words")
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.encode_raw(text)
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Token ids of any text, special or blank, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if self.tokenizer else []
 
     def check_length(self, length: int) -> int:
         """Returns the length if the model has room for it.

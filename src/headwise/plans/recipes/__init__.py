@@ -1,0 +1,1 @@
+"""Functions that make a plan, usually from what probes found; one file each."""
