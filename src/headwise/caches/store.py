@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attend.stage import FAR, Mask
+from ..attention.stage import FAR, Mask
 from ..errors import PlanError
 
 GROWTH = 256  # tokens that a growing store allocates at a time

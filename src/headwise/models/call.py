@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attend import attend, attention_weights
-from ..attend import statistics as attend_statistics
-from ..attend.stage import Bias, Block, Mask, Stage
-from ..attend.statistics import Statistic
+from ..attention import attend, attention_weights
+from ..attention import statistics as attend_statistics
+from ..attention.stage import Bias, Block, Mask, Stage
+from ..attention.statistics import Statistic
 from ..errors import UnsupportedModelError
 from ..stages.causal import Causal
 from ..stages.sink_logit import SinkLogit

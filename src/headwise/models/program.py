@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..attend.stage import And, Mask, Output, Stage
+from ..attention.stage import And, Mask, Output, Stage
 from ..caches import Keep
 from ..stages.window import Window
 from ..types import Heads

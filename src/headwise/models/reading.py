@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attend.stage import Mask, Stage
+from ..attention.stage import Mask, Stage
 from ..caches import Keep, View
 from .call import DenseMask, Reading
 from .layout import Site

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from .. import registry
-from ..attend.stage import And, Not, Or, Stage
+from ..attention.stage import And, Not, Or, Stage
 from ..errors import HeadwiseError, PlanError
 from ..types import Heads
 from ..version import __version__

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..attend.stage import Mask, Stage
+from ..attention.stage import Mask, Stage
 from ..errors import GeometryError, PlanError, SelectionError
 from ..models.program import Entry
 from ..models.session import session_of

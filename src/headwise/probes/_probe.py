@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attend.statistics import Statistic
+from ..attention.statistics import Statistic
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
@@ -18,6 +18,23 @@ from ..types import HeadTable, Statistics
 from ._material import Batch, Material, Request
 
 Advance = Callable[[int], None]  # told how many steps of work are done
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Which head of the planted model a probe must find, and how far it must stand out.
+
+    at_least: its value, larger than every other head's. others_at_most: theirs, or None. lowest: where several roles reach
+    the top, the role that must be at the bottom instead. by_size: magnitudes are compared. massive: a massive activation
+    that the model is to have.
+    """
+
+    role: str
+    at_least: float
+    others_at_most: float | None = None
+    lowest: str | None = None
+    by_size: bool = False
+    massive: float = 0.0
 
 
 class Probe(ABC):

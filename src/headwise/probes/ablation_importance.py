@@ -14,7 +14,7 @@ from ..models.resume import Replay, copies_of
 from ..models.subject import Subject
 from ..types import HeadTable
 from ._material import Material, Request
-from ._probe import Advance, Probe
+from ._probe import Advance, Planted, Probe
 from ._text import predicts_tokens
 
 CARD = Card(
@@ -26,13 +26,14 @@ CARD = Card(
         "one batch of copies, and the layers below are not computed again"
     ),
 )
+PLANTED = Planted("induction", at_least=1e-6, others_at_most=0.0, by_size=True)
 
 
 @dataclass(frozen=True)
 class AblationImportance(Probe):
     """Exact rise of the loss when the head's output is set to zero at every token; below 0 where the head does harm."""
 
-    rows: int = 4
+    rows: int = 8
     length: int = 256
     copies: int = 8
     unit = "nats per token"

@@ -16,7 +16,7 @@ from ..stages.sink import Sink
 from ..stages.window import Window
 from ..types import HeadTable
 from ._material import Batch, Material, Request
-from ._probe import Advance, Probe
+from ._probe import Advance, Planted, Probe
 from ._text import finds_needles
 
 CARD = Card(
@@ -30,6 +30,7 @@ CARD = Card(
     ),
     status="first order: the gradient of the gates, not gates trained to convergence",
 )
+PLANTED = Planted("induction", at_least=0.01, others_at_most=1e-6)
 
 
 @dataclass(frozen=True)

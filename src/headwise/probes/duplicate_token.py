@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attend.statistics import Statistic, WeightAt
+from ..attention.statistics import Statistic, WeightAt
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation
+from ._probe import CallProbe, Observation, Planted
 from ._repeats import second_copy
 from ._text import reads_tokens
 
@@ -22,6 +22,7 @@ CARD = Card(
     room="probe",
     source="arXiv:2211.00593, sec. 3; measured on repeated random tokens as TransformerLens' head detector does, with a period for each row",
 )
+PLANTED = Planted("duplicate", at_least=0.95, others_at_most=0.2)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attend.statistics import Entropy as RowEntropy
-from ..attend.statistics import Statistic
+from ..attention.statistics import Entropy as RowEntropy
+from ..attention.statistics import Statistic
 from ..card import Card
 from ..models.call import Call
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation, queries
+from ._probe import CallProbe, Observation, Planted, queries
 
 CARD = Card(
     paper="What Does BERT Look At? An Analysis of BERT's Attention",
@@ -19,6 +19,7 @@ CARD = Card(
     room="probe",
     source="arXiv:1906.04341, sec. 3.3; without the paper's smoothing of 1e-4, which only guards its logarithm",
 )
+PLANTED = Planted("uniform", at_least=3.0)
 
 
 @dataclass(frozen=True)

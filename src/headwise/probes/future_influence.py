@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attend.statistics import HorizonMass, Statistic
+from ..attention.statistics import HorizonMass, Statistic
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation
+from ._probe import CallProbe, Observation, Planted
 
 CARD = Card(
     paper="Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy Optimization",
@@ -26,6 +26,7 @@ CARD = Card(
         "over tokens (the row's first excluded, since sinks would be every head's peak)"
     ),
 )
+PLANTED = Planted("anchor", at_least=0.99, others_at_most=0.5)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import HeadTable
 from ._material import Material, Request
-from ._probe import Advance, Probe
+from ._probe import Advance, Planted, Probe
 from ._text import predicts_tokens
 
 CARD = Card(
@@ -25,6 +25,7 @@ CARD = Card(
         "value at each token instead (per='token', never smaller), and both divide each layer by its l2 norm (normalize=True)"
     ),
 )
+PLANTED = Planted("induction", at_least=1e-6, others_at_most=0.0)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attend.statistics import Statistic, WeightAt
+from ..attention.statistics import Statistic, WeightAt
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation
+from ._probe import CallProbe, Observation, Planted
 from ._repeats import second_copy
 from ._text import reads_tokens
 
@@ -27,6 +27,7 @@ CARD = Card(
         "and a period drawn for each row, so that a head at a fixed distance is not taken for one that matches content"
     ),
 )
+PLANTED = Planted("induction", at_least=0.95, others_at_most=0.2)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attend.statistics import LocalMass as LocalWeight
-from ..attend.statistics import Statistic
+from ..attention.statistics import LocalMass as LocalWeight
+from ..attention.statistics import Statistic
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation, queries
+from ._probe import CallProbe, Observation, Planted, queries
 
 CARD = Card(
     paper="Unveiling Simplicities of Attention: Adaptive Long-Context Head Identification",
@@ -24,6 +24,7 @@ CARD = Card(
         "have a bulk; sinks 16 as published, a window of 64 for short contexts (the paper's is about 1024)"
     ),
 )
+PLANTED = Planted("local", at_least=0.99, lowest="anchor")
 
 
 @dataclass(frozen=True)

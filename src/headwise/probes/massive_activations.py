@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend.statistics import SpanMass
+from ..attention.statistics import SpanMass
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import HeadTable
 from ._material import Material, Request
-from ._probe import Advance, Observation, Probe, queries, run_forward
+from ._probe import Advance, Observation, Planted, Probe, queries, run_forward
 
 CARD = Card(
     paper="Massive Activations in Large Language Models",
@@ -29,6 +29,7 @@ CARD = Card(
     ),
     status="detection and attention to the tokens; the paper's interventions and explicit key-value biases are not here",
 )
+PLANTED = Planted("sink", at_least=0.99, massive=1e5)
 
 
 @dataclass(frozen=True)

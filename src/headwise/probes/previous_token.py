@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attend.statistics import Statistic, WeightAt
+from ..attention.statistics import Statistic, WeightAt
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation
+from ._probe import CallProbe, Observation, Planted
 from ._text import reads_tokens
 
 CARD = Card(
@@ -26,6 +26,7 @@ CARD = Card(
         "previous token is the row's first is left out, since attention sinks look there for other reasons"
     ),
 )
+PLANTED = Planted("previous", at_least=0.99, others_at_most=0.2)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import HeadTable
 from ._material import Batch, Material, Request
-from ._probe import Advance, Probe
+from ._probe import Advance, Planted, Probe
 from ._text import finds_needles
 
 CARD = Card(
@@ -27,6 +27,7 @@ CARD = Card(
         "at one length instead of 600 runs at 20 lengths, needles among like sentences"
     ),
 )
+PLANTED = Planted("induction", at_least=0.9, others_at_most=0.2)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attend.statistics import PositionMass, Statistic
+from ..attention.statistics import PositionMass, Statistic
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation, queries
+from ._probe import CallProbe, Observation, Planted, queries
 
 CARD = Card(
     paper="Efficient Streaming Language Models with Attention Sinks",
@@ -20,6 +20,7 @@ CARD = Card(
     room="probe",
     source="arXiv:2309.17453, fig. 2: weight on the initial tokens, averaged over queries that have others to choose from",
 )
+PLANTED = Planted("sink", at_least=0.99, others_at_most=0.5)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attend.statistics import PositionMass, Statistic
+from ..attention.statistics import PositionMass, Statistic
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation, queries
+from ._probe import CallProbe, Observation, Planted, queries
 from ._text import reads_tokens
 
 CARD = Card(
@@ -24,6 +24,7 @@ CARD = Card(
         "for each sequence before averaging. Defaults k = 1, epsilon = 0.3, T = 64 as published; 32 sequences instead of 100"
     ),
 )
+PLANTED = Planted("sink", at_least=1.0, others_at_most=0.5)
 
 
 @dataclass(frozen=True)

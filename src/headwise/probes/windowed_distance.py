@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attend.statistics import Distance, Statistic
+from ..attention.statistics import Distance, Statistic
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import Statistics
 from ._material import Batch, Request
-from ._probe import CallProbe, Observation, queries
+from ._probe import CallProbe, Observation, Planted, queries
 
 CARD = Card(
     paper="Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy Optimization",
@@ -20,6 +20,7 @@ CARD = Card(
     room="probe",
     source="arXiv:2510.13554, sec. 3: windowed average attention distance (WAAD), W = 10, for each head rather than the mean of local heads",
 )
+PLANTED = Planted("sink", at_least=9.0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attend.stage import Bias, Block
+from ..attention.stage import Bias, Block
 from ..card import Card
 
 CARD = Card(
@@ -32,10 +32,20 @@ class Alibi(Bias):
         return Alibi(torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads))
 
     def bias(self, block: Block) -> Tensor:
-        return -self.slopes.to(block.query.device)[:, None, None] * block.distance().abs()
+        return -self.slopes.to(block.query.device, block.dtype)[:, None, None] * block.distance().abs()
 
 
 def oracle(stage: Alibi, score: float, head: int, i: int, j: int) -> float:
     """The score of a query at i for a key at j, after the stage."""
     slope = float(stage.slopes[head if len(stage.slopes) > 1 else 0])
     return score - slope * (i - j if i > j else j - i)
+
+
+def examples(heads: int, size: int) -> list[Alibi]:
+    """Settings that the conformance checks run."""
+    return [Alibi.geometric(heads), Alibi(torch.tensor([0.3]))]
+
+
+def neutral(heads: int, size: int) -> list[Alibi]:
+    """Settings that change nothing."""
+    return [Alibi(torch.zeros(heads))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attend.stage import Block, Interval, Mask
+from ..attention.stage import Block, Interval, Mask
 from ..card import Card
 
 CARD = Card(
@@ -33,3 +33,8 @@ class Causal(Mask):
 def oracle(stage: Causal, i: int, j: int) -> bool:
     """Whether a query at position i may read a key at position j."""
     return j <= i
+
+
+def examples(heads: int, size: int) -> list[Causal]:
+    """Settings that the conformance checks run."""
+    return [Causal()]

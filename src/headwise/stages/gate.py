@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from ..attend.stage import Output
+from ..attention.stage import Output
 from ..card import Card
 
 CARD = Card(
@@ -33,3 +34,13 @@ def oracle(stage: Gate, out: list[float], head: int) -> list[float]:
     """One query's output of one head, after the stage."""
     factor = float(stage.value[head if len(stage.value) > 1 else 0])
     return [factor * x for x in out]
+
+
+def examples(heads: int, size: int) -> list[Gate]:
+    """Settings that the conformance checks run."""
+    return [Gate(torch.linspace(0.0, 2.0, heads)), Gate(torch.zeros(1))]
+
+
+def neutral(heads: int, size: int) -> list[Gate]:
+    """Settings that change nothing."""
+    return [Gate(torch.ones(heads))]

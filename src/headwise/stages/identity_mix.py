@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attend.stage import Block, Output, Weights
+from ..attention.stage import Block, Output, Weights
 from ..card import Card
 from ..errors import ShapeError
 
@@ -48,3 +48,13 @@ class IdentityMix(Weights):
 def oracle(stage: IdentityMix, weights: list[float], i: int) -> list[float]:
     """The weights of one row, of a query at key index i."""
     return [(1 - stage.strength) * w + (stage.strength if j == i else 0.0) for j, w in enumerate(weights)]
+
+
+def examples(heads: int, size: int) -> list[IdentityMix]:
+    """Settings that the conformance checks run."""
+    return [IdentityMix(0.4), IdentityMix(1.0)]
+
+
+def neutral(heads: int, size: int) -> list[IdentityMix]:
+    """Settings that change nothing."""
+    return [IdentityMix(0.0)]

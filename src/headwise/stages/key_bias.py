@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attend.stage import Bias, Block
+from ..attention.stage import Bias, Block
 from ..card import Card
 from ..errors import ShapeError
 
@@ -38,9 +38,19 @@ class KeyBias(Bias):
     def bias(self, block: Block) -> Tensor:
         position = block.key_position
         inside = (position >= self.start) & (position < self.stop)
-        return torch.where(inside, math.log(self.factor), 0.0)[:, None, None, :]
+        return (inside * torch.tensor(math.log(self.factor), dtype=block.dtype))[:, None, None, :]
 
 
 def oracle(stage: KeyBias, score: float, head: int, i: int, j: int) -> float:
     """The score of a query at i for a key at j, after the stage."""
     return score + (math.log(stage.factor) if stage.start <= j < stage.stop else 0.0)
+
+
+def examples(heads: int, size: int) -> list[KeyBias]:
+    """Settings that the conformance checks run."""
+    return [KeyBias(2, 5, 3.0), KeyBias(0, 1, 0.1)]
+
+
+def neutral(heads: int, size: int) -> list[KeyBias]:
+    """Settings that change nothing."""
+    return [KeyBias(2, 5, 1.0)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from ..attend.stage import Output
+from ..attention.stage import Output
 from ..card import Card
 
 CARD = Card(
@@ -33,3 +34,13 @@ def oracle(stage: Offset, out: list[float], head: int) -> list[float]:
     """One query's output of one head, after the stage."""
     row = stage.vector[head if len(stage.vector) > 1 else 0].tolist()
     return [x + y for x, y in zip(out, row, strict=True)]
+
+
+def examples(heads: int, size: int) -> list[Offset]:
+    """Settings that the conformance checks run."""
+    return [Offset(torch.linspace(-1.0, 1.0, heads * size).view(heads, size))]
+
+
+def neutral(heads: int, size: int) -> list[Offset]:
+    """Settings that change nothing."""
+    return [Offset(torch.zeros(heads, size))]

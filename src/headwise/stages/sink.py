@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attend.stage import Block, Interval, Mask
+from ..attention.stage import Block, Interval, Mask
 from ..card import Card
 
 CARD = Card(
@@ -33,3 +33,13 @@ class Sink(Mask):
 def oracle(stage: Sink, i: int, j: int) -> bool:
     """Whether a query at position i may read a key at position j."""
     return j in range(stage.size)
+
+
+def examples(heads: int, size: int) -> list[Sink]:
+    """Settings that the conformance checks run."""
+    return [Sink(2), Sink(0)]
+
+
+def neutral(heads: int, size: int) -> list[Sink]:
+    """Settings that change nothing."""
+    return [Sink(100)]

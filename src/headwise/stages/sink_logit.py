@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attend.stage import Normalizer
+from ..attention.stage import Normalizer
 from ..card import Card
 
 CARD = Card(
@@ -41,3 +41,13 @@ def oracle(stage: SinkLogit, scores: list[float], head: int) -> list[float]:
     own = math.exp(float(stage.logit[head if len(stage.logit) > 1 else 0]))
     total = own + sum(math.exp(s) for s in scores)
     return [math.exp(s) / total for s in scores]
+
+
+def examples(heads: int, size: int) -> list[SinkLogit]:
+    """Settings that the conformance checks run."""
+    return [SinkLogit(torch.linspace(-1.0, 1.0, heads)), SinkLogit(torch.zeros(1))]
+
+
+def neutral(heads: int, size: int) -> list[SinkLogit]:
+    """Settings that change nothing."""
+    return [SinkLogit(torch.tensor([-1e4]))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attend.stage import Block, Score
+from ..attention.stage import Block, Score
 from ..card import Card
 
 CARD = Card(
@@ -32,3 +32,8 @@ class Softcap(Score):
 def oracle(stage: Softcap, score: float, head: int, i: int, j: int) -> float:
     """The score of a query at i for a key at j, after the stage."""
     return stage.cap * math.tanh(score / stage.cap)
+
+
+def examples(heads: int, size: int) -> list[Softcap]:
+    """Settings that the conformance checks run."""
+    return [Softcap(1.5)]

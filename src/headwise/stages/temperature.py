@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from ..attend.stage import Block, Score
+from ..attention.stage import Block, Score
 from ..card import Card
 
 CARD = Card(
@@ -32,3 +33,13 @@ class Temperature(Score):
 def oracle(stage: Temperature, score: float, head: int, i: int, j: int) -> float:
     """The score of a query at i for a key at j, after the stage."""
     return score / float(stage.value[head if len(stage.value) > 1 else 0])
+
+
+def examples(heads: int, size: int) -> list[Temperature]:
+    """Settings that the conformance checks run."""
+    return [Temperature(torch.linspace(0.5, 2.0, heads)), Temperature(torch.tensor([3.0]))]
+
+
+def neutral(heads: int, size: int) -> list[Temperature]:
+    """Settings that change nothing."""
+    return [Temperature(torch.ones(heads))]

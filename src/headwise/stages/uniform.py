@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attend.stage import Block, Score
+from ..attention.stage import Block, Score
 from ..card import Card
 
 CARD = Card(
@@ -29,3 +29,8 @@ class Uniform(Score):
 def oracle(stage: Uniform, score: float, head: int, i: int, j: int) -> float:
     """The score of a query at i for a key at j, after the stage."""
     return 0.0
+
+
+def examples(heads: int, size: int) -> list[Uniform]:
+    """Settings that the conformance checks run."""
+    return [Uniform()]

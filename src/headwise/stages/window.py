@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attend.stage import Block, Interval, Mask
+from ..attention.stage import Block, Interval, Mask
 from ..card import Card
 from ..errors import ShapeError
 
@@ -38,3 +38,13 @@ class Window(Mask):
 def oracle(stage: Window, i: int, j: int) -> bool:
     """Whether a query at position i may read a key at position j."""
     return j - stage.size < i < j + stage.size
+
+
+def examples(heads: int, size: int) -> list[Window]:
+    """Settings that the conformance checks run."""
+    return [Window(1), Window(3)]
+
+
+def neutral(heads: int, size: int) -> list[Window]:
+    """Settings that change nothing."""
+    return [Window(100)]

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ...card import Card
-from ...models.subject import as_subject
+from ...models.subject import Subject, as_subject
 from ...probes import probe
+from ...probes.duo_gate import DuoGate
 from ...stages.sink import Sink
 from ...stages.window import Window
 from ...types import Heads, HeadTable
@@ -29,7 +30,7 @@ CARD = Card(
 
 def duo(
     model: Any = None,
-    full: HeadTable | Heads | None = None,
+    heads: HeadTable | Heads | None = None,
     *,
     threshold: float = 0.03,
     sink: int = 64,
@@ -39,18 +40,24 @@ def duo(
     """Full cache for heads that need the whole context (and heads that share keys with one), sinks and a window for the rest.
 
     Args:
-        full: the heads that keep everything; or a table such as duo_gate or retrieval; None measures duo_gate.
+        heads: those that keep everything; or a table such as duo_gate or retrieval; None measures duo_gate.
         threshold: heads of the table above this share of its largest value keep everything.
         sink, recent: tokens that the other heads keep.
 
     Raises: UnsupportedModelError if the gates have to be measured and cannot be.
     """
     subject = as_subject(model)
-    if full is None:
-        full = probe("duo_gate", subject, needed_for="duo", show_progress=show_progress)
-    by = full.name if isinstance(full, HeadTable) else "given heads"
-    wanted = full > threshold * float(full.values.nan_to_num(-torch.inf).max()) if isinstance(full, HeadTable) else full
-    kept = subject.main.key_value_groups(wanted)
+    if heads is None:
+        heads = probe("duo_gate", subject, needed_for="duo", show_progress=show_progress)
+    by = heads.name if isinstance(heads, HeadTable) else "given heads"
+    if isinstance(heads, HeadTable):
+        heads = heads > threshold * float(heads.values.nan_to_num(-torch.inf).max())
+    kept = subject.main.key_value_groups(heads)
     rest = subject.main.exists() - kept
     about = {"recipe": "duo", "by": by, "sink": sink, "recent": recent, "full": kept.names(), "streaming": rest.count()}
     return Plan.empty(subject).use(rest, Window(recent) | Sink(sink)).noting(**about)
+
+
+def example(subject: Subject) -> Plan:
+    """A cheaper measurement, for the conformance checks."""
+    return duo(subject, probe(DuoGate(prompts=2, length=384), subject, show_progress=False), sink=8, recent=64)

@@ -8,10 +8,11 @@ import torch
 
 from ...card import Card
 from ...errors import PlanError
-from ...models.subject import as_subject
+from ...models.subject import Subject, as_subject
 from ...probes import probe
+from ...probes.gate_importance import GateImportance
 from ...stages.gate import Gate
-from ...types import HeadTable
+from ...types import Heads, HeadTable
 from ..plan import Plan
 
 CARD = Card(
@@ -25,7 +26,7 @@ CARD = Card(
 
 def prune(
     model: Any = None,
-    importance: HeadTable | None = None,
+    heads: HeadTable | Heads | None = None,
     *,
     count: int | None = None,
     share: float = 0.1,
@@ -34,17 +35,24 @@ def prune(
     """Closes the `count` heads (or that share of them) of least importance.
 
     Args:
-        importance: a table, larger is more important; None measures ablation_importance.
+        heads: a table, larger is more important; or the heads to close themselves; None measures ablation_importance.
 
     Raises: PlanError for a count that the model does not have; UnsupportedModelError if importance cannot be measured.
     """
     subject = as_subject(model)
-    if importance is None:
-        importance = probe("ablation_importance", subject, needed_for="prune", show_progress=show_progress)
-    total = importance.heads().count()
-    closed = round(share * total) if count is None else count
-    if not 0 <= closed <= total:
-        raise PlanError(f"cannot close {closed} of {total} heads")
-    heads = importance.bottom(closed)
-    about = {"recipe": "prune", "by": importance.name, "closed": heads.names()}
+    by = "given heads"
+    if heads is None:
+        heads = probe("ablation_importance", subject, needed_for="prune", show_progress=show_progress)
+    if isinstance(heads, HeadTable):
+        total = heads.heads().count()
+        closed = round(share * total) if count is None else count
+        if not 0 <= closed <= total:
+            raise PlanError(f"cannot close {closed} of {total} heads")
+        by, heads = heads.name, heads.bottom(closed)
+    about = {"recipe": "prune", "by": by, "closed": heads.names()}
     return Plan.empty(subject).use(heads, Gate(torch.zeros(1))).noting(**about)
+
+
+def example(subject: Subject) -> Plan:
+    """A cheaper measurement, for the conformance checks."""
+    return prune(subject, probe(GateImportance(rows=1, length=128), subject, show_progress=False), count=6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...card import Card
-from ...models.subject import as_subject
+from ...models.subject import Subject, as_subject
 from ...stages.sink import Sink
 from ...stages.window import Window
 from ...types import Heads
@@ -20,7 +20,7 @@ CARD = Card(
 
 
 def streaming(
-    model: Any = None, *, sink: int = 4, recent: int = 256, heads: Heads | None = None, show_progress: bool = True
+    model: Any = None, heads: Heads | None = None, *, sink: int = 4, recent: int = 256, show_progress: bool = True
 ) -> Plan:
     """Lets heads (by default all) read only the first `sink` and the last `recent` tokens, and keep only those.
 
@@ -30,3 +30,8 @@ def streaming(
     chosen = subject.main.exists() if heads is None else heads
     about = {"recipe": "streaming", "sink": sink, "recent": recent, "streaming": chosen.count()}
     return Plan.empty(subject).use(chosen, Window(recent) | Sink(sink)).noting(**about)
+
+
+def example(subject: Subject) -> Plan:
+    """A window that is shorter than the checks' prompts."""
+    return streaming(subject, sink=4, recent=48)

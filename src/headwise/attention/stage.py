@@ -39,6 +39,11 @@ class Block:
     query_position: Tensor
     key_position: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What scores are computed in: the queries' dtype, but at least float32."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
     def distance(self) -> Tensor:
         """(b or 1, 1, c, m): query position minus key position."""
         return (self.query_position[:, :, None] - self.key_position[:, None, :])[:, None]

@@ -90,6 +90,9 @@ class Operands:
             raise ShapeError(f"k is {tuple(k.shape)}, v is {tuple(v.shape)}; batch, heads and tokens must agree")
         n, m = q.shape[2], k.shape[2]
         aligned = query_positions is None and key_positions is None
+        if key_positions is not None:  # what an empty slot holds must not reach anything, not even as 0 * NaN
+            there = (torch.atleast_2d(key_positions) >= 0)[:, None, :, None]
+            k, v = torch.where(there, k, 0), None if v is None else torch.where(there, v, 0)
         if query_positions is None:
             query_positions = torch.arange(m - n, m, device=q.device)
         if key_positions is None:
@@ -114,11 +117,6 @@ class Operands:
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
     """(b, hk, m, d) -> (b, hk * groups, m, d), each head `groups` times in a row."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype scores are held in: at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 KeyIndex = slice | Tensor | None
@@ -174,10 +172,9 @@ def visibility(read: Read, block: Block) -> Tensor:
 
 def scores(read: Read, block: Block) -> Tensor:
     """(b, h, c, m) scores in compute dtype, after every score and bias stage, -inf where masked."""
-    dtype = compute_dtype(block.query)
-    s = torch.matmul(block.query.to(dtype), block.key.to(dtype).transpose(-1, -2)) * read.scale
+    s = torch.matmul(block.query.to(block.dtype), block.key.to(block.dtype).transpose(-1, -2)) * read.scale
     for stage in read.scoring:
-        s = stage.score(s, block) if isinstance(stage, Score) else s + stage.bias(block).to(dtype)
+        s = stage.score(s, block) if isinstance(stage, Score) else s + stage.bias(block).to(block.dtype)
     return s.masked_fill(~visibility(read, block), -torch.inf)
 
 
@@ -193,7 +190,7 @@ def row_blocks(x: Operands, rows: int | None = None) -> Iterator[tuple[int, int]
     """(start, stop) of row blocks whose scores fit SWEEP_BYTES, or of `rows` rows each."""
     b, h, n, _ = x.q.shape
     if rows is None:
-        rows = max(16, SWEEP_BYTES // max(1, b * h * x.k.shape[2] * compute_dtype(x.q).itemsize))
+        rows = max(16, SWEEP_BYTES // max(1, b * h * x.k.shape[2] * max(4, x.q.dtype.itemsize)))
     for start in range(0, n, rows):
         yield start, min(start + rows, n)
 
@@ -212,9 +209,12 @@ def check_stages(read: Read, heads: int) -> None:
         stage.check_heads(heads)
 
 
-def fold_weights(read: Read) -> tuple[Read, list[str]]:
+def fold_weights(read: Read, x: Operands) -> tuple[Read, list[str]]:
     """Turns weight edits into output stages where they are exactly that; returns the read and what was folded, in words."""
-    folds, outputs = [], []
+    folds: list[str] = []
+    outputs: list[Output] = []
+    if not x.aligned or x.q.shape[2] > x.k.shape[2]:
+        return read, folds  # queries have no place among the keys, which a fold may need
     for stage in read.weights:
         folded = stage.fold()
         if folded is None:

@@ -50,7 +50,7 @@ def attend(
     causal unless a `Causal()` stage says so. A row that sees no key returns zeros.
 
     Args:
-        stages: masks, biases, score edits, a normalizer, weight edits, output edits; see `headwise.attend.stage`.
+        stages: masks, biases, score edits, a normalizer, weight edits, output edits; see `headwise.attention.stage`.
         scale: factor on q k^T; default d ** -0.5.
         backend: "sdpa", "chunked" or "reference"; default: the planner's choice, see `explain`.
 

@@ -63,7 +63,7 @@ def plan(read: Read, x: Operands, backend: str | None = None) -> Execution:
     """
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    folded, folds = fold_weights(read)
+    folded, folds = fold_weights(read, x)
     if backend == "reference":
         folded, folds = read, []  # the specification runs what was declared
     refused: dict[str, str] = {}
