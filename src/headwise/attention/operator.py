@@ -12,7 +12,7 @@ from ..types import Statistics
 from .planner import Explanation, plan
 from .read import Operands, Read, block_of, check_stages, scores, weigh
 from .stage import Stage
-from .statistics import Distance, Entropy, KeyMass, LogSumExp, MaxWeight, Statistic, gather
+from .statistic import Distance, Entropy, KeyMass, LogSumExp, MaxWeight, Statistic, gather
 
 NAMED: dict[str, Statistic] = {
     "log_sum_exp": LogSumExp(),

@@ -125,6 +125,9 @@ class And(Mask):
     def select(self, heads: Sequence[int]) -> And:
         return And(tuple(part.select(heads) for part in self.parts))
 
+    def __str__(self) -> str:
+        return " & ".join(_inside(part) for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Or(Mask):
@@ -141,6 +144,9 @@ class Or(Mask):
     def select(self, heads: Sequence[int]) -> Or:
         return Or(tuple(part.select(heads) for part in self.parts))
 
+    def __str__(self) -> str:
+        return " | ".join(_inside(part) for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Not(Mask):
@@ -153,6 +159,13 @@ class Not(Mask):
 
     def select(self, heads: Sequence[int]) -> Not:
         return Not(self.part.select(heads))
+
+    def __str__(self) -> str:
+        return f"~{_inside(self.part)}"
+
+
+def _inside(mask: Mask) -> str:
+    return f"({mask})" if isinstance(mask, And | Or) else str(mask)
 
 
 class Normalizer(Stage):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attention import attend, attention_weights
 from ..attention import statistics as attend_statistics
 from ..attention.stage import Bias, Block, Mask, Stage
-from ..attention.statistics import Statistic
+from ..attention.statistic import Statistic
 from ..errors import UnsupportedModelError
 from ..stages.causal import Causal
 from ..stages.sink_logit import SinkLogit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.operator import NAMED
-from ..attention.statistics import Statistic
+from ..attention.statistic import Statistic
 from ..errors import InputError
 from ..types import Statistics
 from .call import Call

@@ -32,7 +32,7 @@ class Site:
     """One attention module: its place in the model and its heads.
 
     path: of the module; block: of the layer that holds it (attention and feed-forward). cache_layer: which layer of a
-    cache it fills, if any.
+    cache it fills, if any. latent: it caches one latent for all heads (MLA), so that no head's keys can be freed alone.
     """
 
     stack: str
@@ -43,6 +43,7 @@ class Site:
     key_value_heads: int
     head_dim: int
     cache_layer: int | None
+    latent: bool = False
 
     @property
     def groups(self) -> int:
@@ -246,6 +247,6 @@ def find_layout(model: nn.Module) -> Layout:
         sites, blocks = [], _blocks([site_path for site_path, _ in run])
         for layer, (site_path, site) in enumerate(run):
             cache_layer = getattr(site, "layer_idx", None)
-            sites.append(Site(label, layer, site_path, blocks[layer], *_geometry(site_path, site), cache_layer))
+            sites.append(Site(label, layer, site_path, blocks[layer], *_geometry(site_path, site), cache_layer, hasattr(site, "kv_lora_rank")))
         stacks[label] = Stack(label, "cross" if cross else "self", causal, tuple(sites))
     return Layout(stacks, unreached, encoder_decoder)

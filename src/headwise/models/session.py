@@ -7,6 +7,7 @@ everything is as it was. Nothing is kept on classes or modules; two models, or t
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -64,6 +65,7 @@ class Session:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.applied: dict[object, Callable[[], None]] = {}  # plans applied until removed, and what removes each
         self._version = 0
+        self._masked = None
         self._signature = inspect.signature(type(model).forward)
         self._forget_forward()
 
@@ -105,6 +107,7 @@ class Session:
 
     def _changed(self) -> None:
         self._programs.clear()
+        self._masked: bool | None = None
         self._version += 1
 
     def _take_over(self) -> None:
@@ -172,7 +175,9 @@ class Session:
 
     def _masks_main(self) -> bool:
         """Whether a plan masks heads of the main stack."""
-        return any(group.mask is not None for site in self.layout.main.sites for group in self.program(site).groups)
+        if self._masked is None:
+            self._masked = any(group.mask is not None for site in self.layout.main.sites for group in self.program(site).groups)
+        return self._masked
 
     # ---- caches -----------------------------------------------------------------------------------------------------
 
@@ -190,6 +195,12 @@ class Session:
 
     def _make_cache(self) -> HeadCache | None:
         """A cache for the plans in force; None if every head keeps everything anyway."""
+        if any(site.latent for site in self.layout.main.sites):
+            warnings.warn(
+                f"{type(self.model).__name__} caches one latent for all heads of a layer: the plan's masks hold, but no head's memory can be freed",
+                stacklevel=2,
+            )
+            return None
         template = DynamicCache(config=self.model.config)
         sites = {site.cache_layer: site for site in self.layout.main.sites}
         if template.layer_class_to_replicate is not None:

@@ -92,8 +92,15 @@ class Subject:
         for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
             value = getattr(self.text_config, name, None)
             if isinstance(value, int) and value > 0:
-                return value
+                return value - self._reserved_positions()
         return 1 << 30
+
+    def _reserved_positions(self) -> int:
+        """Positions that no token can have: RoBERTa counts from behind its padding index."""
+        for path, module in self.model.named_modules():
+            if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                return module.padding_idx + 1
+        return 0
 
     @property
     def begin(self) -> tuple[int, ...]:

@@ -181,7 +181,7 @@ class Plan:
         return plan
 
     def __repr__(self) -> str:
-        parts = [f"{entry.stage!r} on {entry.heads.count()} heads of {entry.heads.stack}" for entry in self.entries]
+        parts = [f"{entry.stage} on {entry.heads.count()} heads of {entry.heads.stack}" for entry in self.entries]
         return f"Plan({'; '.join(parts) or 'empty'})"
 
 

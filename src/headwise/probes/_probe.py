@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention.statistics import Statistic
+from ..attention.statistic import Statistic
 from ..models.call import Call
 from ..models.layout import Stack
 from ..models.subject import Subject

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attention.statistics import Statistic, WeightAt
+from ..attention.statistic import Statistic, WeightAt
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attention.statistics import Entropy as RowEntropy
-from ..attention.statistics import Statistic
+from ..attention.statistic import Entropy as RowEntropy
+from ..attention.statistic import Statistic
 from ..card import Card
 from ..models.call import Call
 from ..types import Statistics

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.statistics import HorizonMass, Statistic
+from ..attention.statistic import HorizonMass, Statistic
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.statistics import Statistic, WeightAt
+from ..attention.statistic import Statistic, WeightAt
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack

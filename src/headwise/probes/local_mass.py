@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..attention.statistics import LocalMass as LocalWeight
-from ..attention.statistics import Statistic
+from ..attention.statistic import LocalMass as LocalWeight
+from ..attention.statistic import Statistic
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.statistics import SpanMass
+from ..attention.statistic import SpanMass
 from ..card import Card
 from ..models.call import Call
 from ..models.layout import Stack

@@ -1,0 +1,5 @@
+"""`python -m headwise` is the headwise command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""Shared by all tests: no network, quiet transformers, two threads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+
+from headwise.models.subject import Subject, open_model
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Subject:
+    return open_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_gqa() -> Subject:
+    return open_model("tiny-gqa")
+
+
+@pytest.fixture(scope="session")
+def exact() -> Subject:
+    """The embedded model in float64."""
+    return open_model("tiny", dtype="float64")
