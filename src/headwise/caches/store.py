@@ -117,7 +117,8 @@ class _Ring(_Store):
     def __init__(self, keep: Keep) -> None:
         super().__init__()
         self.keep = keep
-        self.number: Tensor | None = None
+        self.number: Tensor | None = None  # (1, slots), or (b, slots) where rows are padded differently
+        self.ragged = False
 
     def slot(self, position: int) -> int:
         """Where a position is held."""
@@ -127,18 +128,16 @@ class _Ring(_Store):
     def extend(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
         b, h, count, _ = k.shape
         capacity = self.keep.sink + self.keep.recent
-        ragged = any(pads)
         if self.k is None:
+            self.ragged = any(pads)
             self.k = k.new_zeros(b, h, capacity, k.shape[3])
             self.v = v.new_zeros(b, h, capacity, v.shape[3])
-            self.number = torch.full((b if ragged else 1, capacity), -1, device=k.device)
+            self.number = torch.full((b if self.ragged else 1, capacity), -1, device=k.device)
         assert self.v is not None and self.number is not None
-        if ragged and self.number.shape[0] == 1:
-            self.number = self.number.expand(b, -1).clone()
         if count == 1:
             self._write(k, v, seen, pads, range(1))
             filled = min(capacity, seen + 1 - min(pads, default=0))
-            return self.k[:, :, :filled], self.v[:, :, :filled], self.number[:, :filled], False, not ragged
+            return self.k[:, :, :filled], self.v[:, :, :filled], self.number[:, :filled], False, not self.ragged
         new = torch.arange(seen, seen + count, device=k.device).expand(self.number.shape[0], -1)
         filled = min(capacity, seen - min(pads, default=0)) if seen else 0
         held_k, held_v, held = self.k[:, :, :filled], self.v[:, :, :filled], self.number[:, :filled]
@@ -149,7 +148,7 @@ class _Ring(_Store):
     def _write(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int], new: range) -> None:
         """Puts new tokens in their slots; of several that share one, only the last is written."""
         assert self.k is not None and self.v is not None and self.number is not None
-        rows = range(len(pads)) if self.number.shape[0] > 1 else [None]
+        rows = range(len(pads)) if self.ragged else [None]
         for row in rows:
             pad = 0 if row is None else pads[row]
             last = seen + new.stop - pad  # positions so far, of this row
@@ -177,7 +176,7 @@ class _Ring(_Store):
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        if self.number is not None and self.number.shape[0] > 1:
+        if self.number is not None and self.ragged:
             self.number = self.number[rows.to(self.number.device)]
 
 

@@ -38,6 +38,10 @@ class Subject:
         self.session = session_of(self.model)
         self.name = self.name or getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
 
+    def __repr__(self) -> str:
+        stacks = ", ".join(f"{s.name} {s.shape[0]} x {s.shape[1]}" for s in self.layout.stacks.values())
+        return f"Subject({self.name}: {type(self.model).__name__}, {stacks})"
+
     # ---- heads ------------------------------------------------------------------------------------------------------
 
     @property
@@ -154,7 +158,7 @@ class Subject:
         return length
 
     def token_losses(self, input_ids: Tensor) -> Tensor:
-        """(b, n) ids -> (b, n - 1) negative log-likelihoods in nats, float32.
+        """(b, n) ids -> (b, n - 1) negative log-likelihoods in nats, in at least float32.
 
         Raises: UnsupportedModelError if the model predicts no next token.
         """
@@ -163,7 +167,8 @@ class Subject:
         hidden_part = max(1, CHUNK_LOGITS // (input_ids.shape[1] * self.vocabulary_size))
         losses = []
         for rows in input_ids.split(hidden_part):
-            logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+            logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1))
         return torch.cat(losses)
 
