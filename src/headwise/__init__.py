@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .report import Scan, scan
     from .stages.alibi import Alibi
     from .stages.causal import Causal
+    from .stages.documents import Documents
     from .stages.gate import Gate
     from .stages.identity_mix import IdentityMix
     from .stages.key_bias import KeyBias
@@ -49,7 +50,7 @@ _PLACES = {
     "HeadwiseError": "errors", "capture": "models.capture", "Subject": "models.subject", "open_model": "models.subject",
     "Plan": "plans", "duo": "plans.recipes.duo", "prune": "plans.recipes.prune", "streaming": "plans.recipes.streaming",
     "Measurement": "probes", "Probe": "probes", "measure": "probes", "probe": "probes", "Scan": "report", "scan": "report",
-    "Alibi": "stages.alibi", "Causal": "stages.causal", "Gate": "stages.gate", "IdentityMix": "stages.identity_mix",
+    "Alibi": "stages.alibi", "Causal": "stages.causal", "Documents": "stages.documents", "Gate": "stages.gate", "IdentityMix": "stages.identity_mix",
     "KeyBias": "stages.key_bias", "Offset": "stages.offset", "Sink": "stages.sink", "SinkLogit": "stages.sink_logit",
     "Softcap": "stages.softcap", "Temperature": "stages.temperature", "Uniform": "stages.uniform", "Window": "stages.window",
     "Evaluation": "tasks", "Task": "tasks", "evaluate": "tasks",

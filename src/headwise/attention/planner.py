@@ -21,7 +21,7 @@ class Explanation:
     """How a read is executed: the backend, the folds applied, why each faster backend was refused, expected cost.
 
     flops: floating-point operations of the two matrix products over the keys that the mask can reach. bytes: the
-    tensors read and written once, plus what the backend holds beside them.
+    tensors read and written once, plus what the backend holds beside them. statistics: which sweep gives each.
     """
 
     backend: str
@@ -29,15 +29,20 @@ class Explanation:
     refused: dict[str, str]
     flops: int
     bytes: int
+    statistics: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"backend": self.backend, "folds": list(self.folds), "refused": dict(self.refused), "flops": self.flops, "bytes": self.bytes}
+        return {
+            "backend": self.backend, "folds": list(self.folds), "refused": dict(self.refused), "flops": self.flops, "bytes": self.bytes,
+            "statistics": self.statistics,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         lines = [f"backend   {self.backend}"]
         lines += [f"fold      {fold}" for fold in self.folds]
         lines += [f"not {name:<6}{reason}" for name, reason in self.refused.items()]
+        lines += [f"sweep     {name}: {sweep}" for name, sweep in (self.statistics or {}).items()]
         lines.append(f"expected  {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB")
         return "\n".join(lines)
 
@@ -90,5 +95,3 @@ def _bytes(read: Read, x: Operands, backend: str) -> int:
     if backend == "reference":
         moved += 2 * 4 * x.q.shape[0] * x.q.shape[1] * x.q.shape[2] * x.k.shape[2]
     return moved
-
-

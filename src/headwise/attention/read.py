@@ -106,6 +106,21 @@ class Operands:
         """Query heads that share one key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
+    def of_row(self, row: int) -> Operands:
+        """One row of the batch."""
+
+        def one(tensor: Tensor) -> Tensor:
+            return tensor[row : row + 1] if len(tensor) > 1 else tensor
+
+        v = None if self.v is None else one(self.v)
+        return Operands(self.q[row : row + 1], one(self.k), v, one(self.query_position), one(self.key_position), self.aligned)
+
+    def of_queries(self, start: int, stop: int, aligned: bool = False) -> Operands:
+        """Some of the queries. aligned: the keys after the last of them are left out, so that they stay the last ones."""
+        last = self.k.shape[2] - self.q.shape[2] + stop if aligned else self.k.shape[2]
+        k, v = self.k[:, :, :last], None if self.v is None else self.v[:, :, :last]
+        return Operands(self.q[:, :, start:stop], k, v, self.query_position[:, start:stop], self.key_position[:, :last], aligned)
+
     def own_value(self) -> Tensor | None:
         """(b, h, n, dv): the value at each query's own place, where queries are the last keys; None elsewhere."""
         n, m = self.q.shape[2], self.k.shape[2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar, Self
@@ -49,6 +49,47 @@ class Block:
         return (self.query_position[:, :, None] - self.key_position[:, None, :])[:, None]
 
 
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A mask in the form that kernels know: places, and documents.
+
+    A query reads a key if it is not later (causal), and less than `window` places away or one of the first `sink` (no
+    window: everywhere), and of the same document: ids (positions,) or (b, positions).
+    """
+
+    causal: bool = False
+    window: int | None = None
+    sink: int = 0
+    documents: Tensor | None = None
+
+    def both(self, other: Pattern) -> Pattern | None:
+        """What both show; None where that has no such form."""
+        if self.documents is not None and other.documents is not None:
+            return None
+        narrow, wide = sorted((self, other), key=lambda p: FAR if p.window is None else p.window)
+        if wide.window is not None and narrow.window != wide.window and narrow.sink != wide.sink:
+            return None
+        window = narrow.window
+        sink = narrow.sink if wide.window is None or narrow.sink == wide.sink else min(narrow.sink, wide.sink)
+        documents = self.documents if other.documents is None else other.documents
+        return Pattern(self.causal or other.causal, window, sink, documents)
+
+    def either(self, other: Pattern) -> Pattern | None:
+        """What one of them shows; None where that has no such form."""
+        if self.causal or other.causal or self.documents is not None or other.documents is not None:
+            return None
+        if self.window is None or other.window is None:
+            return Pattern()
+        return Pattern(window=max(self.window, other.window), sink=max(self.sink, other.sink))
+
+
+def documents_at(ids: Tensor, places: Tensor) -> Tensor:
+    """(b or 1, c): the documents at some positions (b or 1, c); those of empty slots mean nothing."""
+    ids = torch.atleast_2d(ids).to(places.device)
+    rows = max(len(ids), len(places))
+    return ids.expand(rows, -1).gather(1, places.clamp(min=0).expand(rows, -1))
+
+
 class Stage(ABC):
     """One step of a read."""
 
@@ -80,6 +121,10 @@ class Score(Stage):
     def score(self, scores: Tensor, block: Block) -> Tensor:
         """(b, h, c, m) -> the same shape."""
 
+    def softcap(self) -> float | None:
+        """If this is cap * tanh(score / cap), that cap; None otherwise."""
+        return None
+
 
 class Bias(Stage):
     """Adds to scores; a kind of its own because fused kernels take it as an additive mask."""
@@ -99,6 +144,10 @@ class Mask(Stage):
     def reach(self, low: int, high: int) -> list[Interval]:
         """Key positions that queries at positions low..high-1 could read: sorted, disjoint [start, stop); may hold more."""
         return [(0, FAR)]
+
+    def pattern(self) -> Pattern | None:
+        """The same mask in the form that kernels know; None if it has none."""
+        return None
 
     def __and__(self, other: Mask) -> Mask:
         return And((self, other))
@@ -122,6 +171,9 @@ class And(Mask):
     def reach(self, low: int, high: int) -> list[Interval]:
         return reduce(_intersect, (part.reach(low, high) for part in self.parts))
 
+    def pattern(self) -> Pattern | None:
+        return _patterns(self.parts, Pattern.both)
+
     def select(self, heads: Sequence[int]) -> And:
         return And(tuple(part.select(heads) for part in self.parts))
 
@@ -140,6 +192,9 @@ class Or(Mask):
 
     def reach(self, low: int, high: int) -> list[Interval]:
         return _merge([interval for part in self.parts for interval in part.reach(low, high)])
+
+    def pattern(self) -> Pattern | None:
+        return _patterns(self.parts, Pattern.either)
 
     def select(self, heads: Sequence[int]) -> Or:
         return Or(tuple(part.select(heads) for part in self.parts))
@@ -162,6 +217,14 @@ class Not(Mask):
 
     def __str__(self) -> str:
         return f"~{_inside(self.part)}"
+
+
+def _patterns(parts: Sequence[Mask], join: Callable[[Pattern, Pattern], Pattern | None]) -> Pattern | None:
+    joined = parts[0].pattern()
+    for part in parts[1:]:
+        other = part.pattern()
+        joined = None if joined is None or other is None else join(joined, other)
+    return joined
 
 
 def _inside(mask: Mask) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attention.stage import Block, Interval, Mask
+from ..attention.stage import Block, Interval, Mask, Pattern
 from ..card import Card
 
 CARD = Card(
@@ -28,6 +28,9 @@ class Causal(Mask):
 
     def reach(self, low: int, high: int) -> list[Interval]:
         return [(0, high)]
+
+    def pattern(self) -> Pattern:
+        return Pattern(causal=True)
 
 
 def oracle(stage: Causal, i: int, j: int) -> bool:

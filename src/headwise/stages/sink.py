@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attention.stage import Block, Interval, Mask
+from ..attention.stage import Block, Interval, Mask, Pattern
 from ..card import Card
 
 CARD = Card(
@@ -28,6 +28,9 @@ class Sink(Mask):
 
     def reach(self, low: int, high: int) -> list[Interval]:
         return [(0, self.size)]
+
+    def pattern(self) -> Pattern:
+        return Pattern(window=0, sink=self.size)
 
 
 def oracle(stage: Sink, i: int, j: int) -> bool:

@@ -28,6 +28,9 @@ class Softcap(Score):
     def score(self, scores: Tensor, block: Block) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)
 
+    def softcap(self) -> float:
+        return self.cap
+
 
 def oracle(stage: Softcap, score: float, head: int, i: int, j: int) -> float:
     """The score of a query at i for a key at j, after the stage."""

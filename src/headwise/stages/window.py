@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attention.stage import Block, Interval, Mask
+from ..attention.stage import Block, Interval, Mask, Pattern
 from ..card import Card
 from ..errors import ShapeError
 
@@ -33,6 +33,9 @@ class Window(Mask):
 
     def reach(self, low: int, high: int) -> list[Interval]:
         return [(max(0, low - self.size + 1), high + self.size - 1)]
+
+    def pattern(self) -> Pattern:
+        return Pattern(window=self.size)
 
 
 def oracle(stage: Window, i: int, j: int) -> bool:

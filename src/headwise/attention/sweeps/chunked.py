@@ -1,0 +1,59 @@
+"""Any statistic of any read, a block of rows of all heads at a time; with gradients. The specification when blocks are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..read import Operands, Read, block_of, needed_keys, repeat_heads, row_blocks, scores, take_keys, weigh
+from ..statistic import Statistic, Sweep
+
+
+def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
+    """It runs anything."""
+    return None
+
+
+def run(read: Read, x: Operands, statistics: Sequence[Statistic], output: bool, rows: int | None = None) -> tuple[Tensor | None, list[Tensor]]:
+    """The output (b, h, n, dv) before output stages, or None, and every statistic. Memory O(n x rows), backward too."""
+    b, h, n, _ = x.q.shape
+
+    def block(start: int, stop: int) -> list[Tensor]:
+        keys = needed_keys(read, x, start, stop)
+        part = block_of(x, start, stop, keys)
+        s = scores(read, part)
+        weights, log_normalizer = weigh(read, s, part)
+        sweep = Sweep(s, weights, log_normalizer, part)
+        parts = [statistic.of(sweep) for statistic in statistics]
+        parts = [_whole(p, x.k.shape[2], keys) if s.columns else p for p, s in zip(parts, statistics, strict=True)]
+        if output:
+            assert x.v is not None
+            values = repeat_heads(take_keys(x.v, keys), x.groups)
+            parts.append(torch.matmul(weights, values.to(weights.dtype)).to(x.v.dtype))
+        return parts
+
+    joined: list[list[Tensor]] = [[] for _ in range(len(statistics) + output)]
+    for start, stop in row_blocks(x, rows):
+        keep_nothing = torch.is_grad_enabled()
+        parts = checkpoint(block, start, stop, use_reentrant=False) if keep_nothing else block(start, stop)
+        for i, part in enumerate(parts):
+            if i < len(statistics) and statistics[i].columns and joined[i]:
+                joined[i] = [joined[i][0] + part]
+            else:
+                joined[i].append(part)
+    if not n:
+        raise ValueError("there are no queries")
+    totals = [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in joined]
+    out = totals.pop() if output else None
+    return out, [s.finish(total, x) for s, total in zip(statistics, totals, strict=True)]
+
+
+def _whole(part: Tensor, m: int, keys: slice | Tensor | None) -> Tensor:
+    """(b, h, needed keys) -> (b, h, m), zero elsewhere."""
+    if keys is None:
+        return part
+    index = torch.arange(m, device=part.device)[keys]
+    return part.new_zeros(*part.shape[:2], m).index_add(2, index, part)
