@@ -68,13 +68,18 @@ def _qwen2_vl() -> Any:
 
 def _llava() -> Any:
     config = t.LlavaConfig(
-        vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**GROUPED, **IDS), image_token_index=98, image_seq_length=16
+        vision_config=t.CLIPVisionConfig(**VISION),
+        text_config=t.LlamaConfig(**GROUPED, **IDS),
+        image_token_index=98,
+        image_seq_length=16,
     )
     return t.LlavaForConditionalGeneration(config)
 
 
 def _clip() -> Any:
-    return t.CLIPModel(t.CLIPConfig(text_config=dict(SMALL, max_position_embeddings=64, **IDS), vision_config=VISION, projection_dim=16))
+    return t.CLIPModel(
+        t.CLIPConfig(text_config=dict(SMALL, max_position_embeddings=64, **IDS), vision_config=VISION, projection_dim=16)
+    )
 
 
 def _siglip() -> Any:
@@ -83,12 +88,16 @@ def _siglip() -> Any:
 
 def _deepseek() -> Any:
     mla = dict(kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
-    experts = dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=2)
+    experts = dict(
+        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=2
+    )
     return t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**dict(SMALL, num_key_value_heads=4), **mla, **experts, **IDS))
 
 
 def _modernbert() -> Any:
-    config = t.ModernBertConfig(**SMALL, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, local_attention=8)
+    config = t.ModernBertConfig(
+        **SMALL, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, local_attention=8
+    )
     return t.ModernBertForMaskedLM(config)
 
 
@@ -99,24 +108,54 @@ ALL = [
     Family("qwen3", lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED, head_dim=8, **IDS)), "decoder", DECODER),
     Family("mistral", lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=8, **IDS)), "decoder", DECODER),
     Family("mixtral", lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=2, **IDS)), "decoder", DECODER),
-    Family("gemma", lambda: t.GemmaForCausalLM(t.GemmaConfig(**dict(GROUPED, num_key_value_heads=1), head_dim=8, **IDS)), "decoder", DECODER),
-    Family("gemma2", lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**GROUPED, head_dim=8, sliding_window=8, **IDS)), "decoder", DECODER),
-    Family("gemma3", lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=8, **IDS)), "decoder", DECODER),
+    Family(
+        "gemma",
+        lambda: t.GemmaForCausalLM(t.GemmaConfig(**dict(GROUPED, num_key_value_heads=1), head_dim=8, **IDS)),
+        "decoder",
+        DECODER,
+    ),
+    Family(
+        "gemma2", lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**GROUPED, head_dim=8, sliding_window=8, **IDS)), "decoder", DECODER
+    ),
+    Family(
+        "gemma3",
+        lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=8, **IDS)),
+        "decoder",
+        DECODER,
+    ),
     Family(
         "gpt_oss",
-        lambda: t.GptOssForCausalLM(t.GptOssConfig(**GROUPED, head_dim=8, sliding_window=8, num_local_experts=2, num_experts_per_tok=1, **IDS)),
-        "decoder", DECODER,
+        lambda: t.GptOssForCausalLM(
+            t.GptOssConfig(**GROUPED, head_dim=8, sliding_window=8, num_local_experts=2, num_experts_per_tok=1, **IDS)
+        ),
+        "decoder",
+        DECODER,
     ),
-    Family("gpt2", lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=V, n_positions=256, **IDS)), "decoder", DECODER),
+    Family(
+        "gpt2",
+        lambda: t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=V, n_positions=256, **IDS)),
+        "decoder",
+        DECODER,
+    ),
     Family("gpt_neox", lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SMALL, **SHORT, **IDS)), "decoder", DECODER),
     Family("phi", lambda: t.PhiForCausalLM(t.PhiConfig(**SMALL, **SHORT, **IDS)), "decoder", DECODER),
     Family("phi3", lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED, **IDS)), "decoder", DECODER),
     Family(
         "opt",
         lambda: t.OPTForCausalLM(
-            t.OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=V, word_embed_proj_dim=32, **SHORT, **IDS)
+            t.OPTConfig(
+                hidden_size=32,
+                ffn_dim=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=V,
+                word_embed_proj_dim=32,
+                **SHORT,
+                **IDS,
+            )
         ),
-        "decoder", DECODER,
+        "decoder",
+        DECODER,
     ),
     Family("olmo2", lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**SMALL, **IDS)), "decoder", DECODER),
     Family("starcoder2", lambda: t.Starcoder2ForCausalLM(t.Starcoder2Config(**GROUPED, **IDS)), "decoder", DECODER),
@@ -129,20 +168,29 @@ ALL = [
     Family(
         "distilbert",
         lambda: t.DistilBertForMaskedLM(t.DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=4, vocab_size=V)),
-        "encoder", ("encoder",),
+        "encoder",
+        ("encoder",),
     ),
     Family(
         "t5",
-        lambda: t.T5ForConditionalGeneration(t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=V, decoder_start_token_id=0)),
-        "seq2seq", ("encoder", "decoder", "cross"),
+        lambda: t.T5ForConditionalGeneration(
+            t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=V, decoder_start_token_id=0)
+        ),
+        "seq2seq",
+        ("encoder", "decoder", "cross"),
     ),
-    Family("bart", lambda: t.BartForConditionalGeneration(t.BartConfig(**SEQ2SEQ, **SHORT)), "seq2seq", ("encoder", "decoder", "cross")),
+    Family(
+        "bart", lambda: t.BartForConditionalGeneration(t.BartConfig(**SEQ2SEQ, **SHORT)), "seq2seq", ("encoder", "decoder", "cross")
+    ),
     Family(
         "whisper",
         lambda: t.WhisperForConditionalGeneration(
-            t.WhisperConfig(**SEQ2SEQ, num_mel_bins=8, max_source_positions=20, max_target_positions=64, decoder_start_token_id=1, **IDS)
+            t.WhisperConfig(
+                **SEQ2SEQ, num_mel_bins=8, max_source_positions=20, max_target_positions=64, decoder_start_token_id=1, **IDS
+            )
         ),
-        "speech", ("encoder", "decoder", "cross"),
+        "speech",
+        ("encoder", "decoder", "cross"),
     ),
     Family("vit", lambda: t.ViTForImageClassification(t.ViTConfig(**VISION)), "vision", ("vision",)),
     Family("dinov2", lambda: t.Dinov2Model(t.Dinov2Config(**VISION)), "vision", ("vision",)),
@@ -150,7 +198,7 @@ ALL = [
     Family("siglip", _siglip, "dual", ("text", "vision")),
     Family("llava", _llava, "vlm", ("vision", "decoder")),
     Family("qwen2_vl", _qwen2_vl, "vlm", ("vision", "decoder")),
-]  # fmt: skip
+]
 DECODERS = [family for family in ALL if family.kind == "decoder"]
 UNSUPPORTED = {
     "FalconForCausalLM": lambda: t.FalconForCausalLM(t.FalconConfig(**SMALL)),

@@ -40,7 +40,9 @@ leaves = st.one_of(st.just(Causal()), st.integers(1, 9).map(Window), st.integers
 masks = st.recursive(
     leaves,
     lambda inner: st.one_of(
-        st.tuples(inner, inner).map(lambda p: p[0] & p[1]), st.tuples(inner, inner).map(lambda p: p[0] | p[1]), inner.map(lambda p: ~p)
+        st.tuples(inner, inner).map(lambda p: p[0] & p[1]),
+        st.tuples(inner, inner).map(lambda p: p[0] | p[1]),
+        inner.map(lambda p: ~p),
     ),
     max_leaves=5,
 )
@@ -92,7 +94,9 @@ def test_streaming_keeps_sinks_and_a_window():
     assert (~Causal()).reach(0, 1) == [(0, FAR)]
 
 
-@pytest.mark.parametrize("stages", [(), (Causal(),), (Causal() & Window(3),), (Causal(), Softcap(2.0)), (Causal(), SinkLogit(torch.zeros(1)))])
+@pytest.mark.parametrize(
+    "stages", [(), (Causal(),), (Causal() & Window(3),), (Causal(), Softcap(2.0)), (Causal(), SinkLogit(torch.zeros(1)))]
+)
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_statistics_equal_those_of_the_weights(stages, rows, monkeypatch):
     q, k, _ = tensors(hk=2)
@@ -235,7 +239,9 @@ def test_everything_masked_is_zero_with_every_backend():
     q, k, v = tensors()
     for backend in ("sdpa", "chunked", "reference"):
         assert (attend(q, k, v, Sink(0), backend=backend) == 0).all()
-    got = statistics(q, k, Sink(0), want={"entropy": statistics_module.Entropy(), "top": TopKey(), "lse": statistics_module.LogSumExp()})
+    got = statistics(
+        q, k, Sink(0), want={"entropy": statistics_module.Entropy(), "top": TopKey(), "lse": statistics_module.LogSumExp()}
+    )
     assert (got["entropy"] == 0).all()
     assert (got["top"] == -1).all()
     assert (got["lse"] == -torch.inf).all()

@@ -21,7 +21,13 @@ def page(tiny, tmp_path_factory):
     from selenium.webdriver.chrome.service import Service
 
     out = tmp_path_factory.mktemp("report")
-    scan(tiny, out, probes=["induction", "previous_token", "entropy", "sink_mass", "local_mass", "ablation_importance"], quick=True, show_progress=False)
+    scan(
+        tiny,
+        out,
+        probes=["induction", "previous_token", "entropy", "sink_mass", "local_mass", "ablation_importance"],
+        quick=True,
+        show_progress=False,
+    )
     options = Options()
     options.binary_location = CHROMIUM
     for flag in (

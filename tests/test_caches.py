@@ -17,11 +17,17 @@ D = 3
 def tokens(rows, heads, start, count, seed=0):
     """Keys that name themselves: every value is drawn from (row, head, number)."""
     number = torch.arange(start, start + count, dtype=torch.float64)
-    key = number[None, None, :, None] + 1000 * torch.arange(rows)[:, None, None, None] + 100000 * torch.arange(heads)[None, :, None, None]
+    key = (
+        number[None, None, :, None]
+        + 1000 * torch.arange(rows)[:, None, None, None]
+        + 100000 * torch.arange(heads)[None, :, None, None]
+    )
     return key.expand(rows, heads, count, D).clone(), -key.expand(rows, heads, count, D).clone()
 
 
-keeps = st.lists(st.one_of(st.none(), st.tuples(st.integers(0, 4), st.integers(1, 6)).map(lambda p: Keep(*p))), min_size=1, max_size=4)
+keeps = st.lists(
+    st.one_of(st.none(), st.tuples(st.integers(0, 4), st.integers(1, 6)).map(lambda p: Keep(*p))), min_size=1, max_size=4
+)
 
 
 @settings(max_examples=150, deadline=None)

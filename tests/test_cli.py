@@ -44,11 +44,15 @@ def test_list_holds_everything_with_exact_titles(run):
     code, out, _ = run("list", "--json")
     rows = json.loads(out)
     assert code == 0
-    assert {(row["kind"], row["name"]) for row in rows} == {(kind, name) for kind in registry.kinds() for name in registry.names(kind)}
+    assert {(row["kind"], row["name"]) for row in rows} == {
+        (kind, name) for kind in registry.kinds() for name in registry.names(kind)
+    }
     assert all({"name", "kind", "room", "paper", "year", "status"} <= row.keys() for row in rows)
     by_name = {(row["kind"], row["name"]): row for row in rows}
     assert by_name["probe", "retrieval"]["paper"] == "Retrieval Head Mechanistically Explains Long-Context Factuality"
-    assert by_name["recipe", "duo"]["paper"] == "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
+    assert (
+        by_name["recipe", "duo"]["paper"] == "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads"
+    )
     assert by_name["probe", "sink_rate"]["paper"] == "When Attention Sink Emerges in Language Models: An Empirical View"
     assert by_name["probe", "gate_importance"]["paper"] == "Are Sixteen Heads Really Better than One?"
     code, out, _ = run("list", "--kind", "recipe")
@@ -102,7 +106,9 @@ def test_generate(run, streaming):
     plain = json.loads(out)
     assert code == 0
     assert plain["new_tokens"] <= 12
-    code, out, _ = run("generate", "--prompt", "def add(a, b):\n    return", "--max-new-tokens", "40", "--plan", streaming, "--json")
+    code, out, _ = run(
+        "generate", "--prompt", "def add(a, b):\n    return", "--max-new-tokens", "40", "--plan", streaming, "--json"
+    )
     assert json.loads(out)["kv_bytes"] < 64 * 40 * 2 * 32 * 4
     code, out, err = run("generate", "--prompt", "import ", "--max-new-tokens", "4", "--sample", "--seed", "3")
     assert out.startswith("import ")
@@ -142,7 +148,8 @@ def oracle(stage, score, head, i, j):
 '''
 
 HELP = {
-    "scan": "--quick", "view": "--port", "plan": "--set", "eval": "--tasks", "generate": "--max-new-tokens", "list": "--kind", "check": "--all",
+    "scan": "--quick", "view": "--port", "plan": "--set", "eval": "--tasks", "generate": "--max-new-tokens", "list": "--kind",
+    "check": "--all",
 }  # fmt: skip
 
 

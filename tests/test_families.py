@@ -9,6 +9,7 @@ from families import ALL, DECODERS, UNSUPPORTED, Family, inputs, outputs
 
 from headwise import Gate, Plan, Sink, Window, capture, measure
 from headwise.errors import UnsupportedModelError
+from headwise.models.cache import cache_of
 from headwise.models.subject import Subject
 
 named = pytest.mark.parametrize("family", ALL, ids=lambda f: f.name)
@@ -95,7 +96,11 @@ def test_statistics_equal_eager_weights(family: Family):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         result = model(**given, output_attentions=True)
-    names = {"decoder": ("decoder_attentions", "attentions"), "encoder": ("encoder_attentions", "attentions"), "cross": ("cross_attentions",)}
+    names = {
+        "decoder": ("decoder_attentions", "attentions"),
+        "encoder": ("encoder_attentions", "attentions"),
+        "cross": ("cross_attentions",),
+    }
     checked = 0
     for stack, statistics in found.items():
         weights = next((getattr(result, n) for n in names.get(stack, ("attentions",)) if getattr(result, n, None)), None)
@@ -148,7 +153,7 @@ def test_masked_heads_equal_an_explicit_mask_and_free_bytes(family: Family):
         alone = generated(model, input_ids=given["input_ids"][1:, 7:])
         assert torch.equal(generated(model, **left)[1, 7:], alone[0])
         assert torch.equal(generated(model, **given, num_beams=2)[:, :30], given["input_ids"])
-        cache = model(**given, use_cache=True).past_key_values
+        cache = cache_of(model(**given, use_cache=True))
     if family.name == "deepseek_v3":
         assert type(cache).__name__ == "DynamicCache"
         return
@@ -159,7 +164,16 @@ def test_masked_heads_equal_an_explicit_mask_and_free_bytes(family: Family):
 @named
 def test_probes_run_or_say_why_not(family: Family):
     subject = Subject(family.model())
-    names = ["entropy", "sink_mass", "mean_distance", "previous_token", "induction", "retrieval", "massive_activations", "gate_importance"]
+    names = [
+        "entropy",
+        "sink_mass",
+        "mean_distance",
+        "previous_token",
+        "induction",
+        "retrieval",
+        "massive_activations",
+        "gate_importance",
+    ]
     found = measure(subject, names, show_progress=False)
     for (name, stack), table in found.tables.items():
         assert table.shape == subject.layout.stacks[stack].shape, name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from headwise import Alibi, Gate, Heads, IdentityMix, KeyBias, Offset, Plan, Sink, SinkLogit, Softcap, Temperature, Uniform, Window
 from headwise.errors import GeometryError, PlanError, SelectionError, ShapeError
-from headwise.models.cache import cache_bytes
+from headwise.models.cache import CACHE_NAMES, HeadCache, cache_argument, cache_bytes, cache_of
 from headwise.models.session import session_of
 
 
@@ -28,7 +29,17 @@ def logits(subject, ids, **options):
 
 def generate(subject, ids, **options):
     with torch.no_grad():
-        return subject.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=2, **{"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, **options})
+        return subject.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=2,
+            **{"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, **options},
+        )
+
+
+def taking(subject, cache):
+    """A cache as the argument that this release of transformers calls it."""
+    return {cache_argument(subject.model): cache}
 
 
 @pytest.fixture
@@ -72,8 +83,8 @@ def test_every_stage_runs_in_a_model_and_equals_the_reference(exact):
     ids = prompt(1, 60)
     head = exact.heads("L3H2")
     stages = [
-        Window(9), Sink(3), Window(9) | Sink(3), Uniform(), Temperature(torch.tensor([2.0])), Softcap(1.0), Alibi(torch.tensor([0.1])),
-        KeyBias(5, 20, 4.0), SinkLogit(torch.tensor([1.0])), IdentityMix(0.3),
+        Window(9), Sink(3), Window(9) | Sink(3), Uniform(), Temperature(torch.tensor([2.0])), Softcap(1.0),
+        Alibi(torch.tensor([0.1])), KeyBias(5, 20, 4.0), SinkLogit(torch.tensor([1.0])), IdentityMix(0.3),
     ]  # fmt: skip
     for stage in stages:
         seen = {}
@@ -112,7 +123,7 @@ def test_heads_of_a_broken_group_are_masked_apart(tiny_gqa):
     assert torch.equal(outs[0][:, :, others], outs[1][:, :, others])
     assert not torch.allclose(outs[0][:, :, 1], outs[1][:, :, 1])
     with plan(tiny_gqa), torch.no_grad():
-        assert type(tiny_gqa.model(ids, use_cache=True).past_key_values) is DynamicCache  # nothing could be freed
+        assert type(cache_of(tiny_gqa.model(ids, use_cache=True))) is DynamicCache  # nothing could be freed
 
 
 def test_apply_and_remove(exact):
@@ -184,14 +195,22 @@ def test_prompt_in_parts_and_calls_that_go_on(exact, streaming):
     ids = prompt(2, 100)
     with streaming(exact), torch.no_grad():
         whole = exact.model(ids, use_cache=True)
-        cache = exact.model(ids[:, :41], use_cache=True).past_key_values
-        exact.model(ids[:, 41:77], past_key_values=cache)
-        parts = exact.model(ids[:, 77:], past_key_values=cache)
+        cache = cache_of(exact.model(ids[:, :41], use_cache=True))
+        exact.model(ids[:, 41:77], **taking(exact, cache))
+        parts = exact.model(ids[:, 77:], **taking(exact, cache))
         torch.testing.assert_close(parts.logits, whole.logits[:, 77:], rtol=1e-10, atol=1e-10)
         assert cache.get_seq_length() == 100
-        first = exact.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=2)
+        first = exact.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=5,
+            min_new_tokens=5,
+            do_sample=False,
+            return_dict_in_generate=True,
+            pad_token_id=2,
+        )
         more = torch.cat([first.sequences, prompt(2, 9, seed=5)[:, 1:]], 1)
-        going_on = generate(exact, more, past_key_values=first.past_key_values)
+        going_on = generate(exact, more, **taking(exact, cache_of(first)))
         assert torch.equal(going_on, generate(exact, more))
 
 
@@ -209,9 +228,9 @@ def test_beams_samples_and_returned_sequences(exact, streaming):
 
 def test_bytes_fall_and_stay_down(exact, streaming):
     with torch.no_grad():
-        full = cache_bytes(exact.model(prompt(1, 1500), use_cache=True).past_key_values)
+        full = cache_bytes(cache_of(exact.model(prompt(1, 1500), use_cache=True)))
         with streaming(exact):
-            cache = exact.model(prompt(1, 1500), use_cache=True).past_key_values
+            cache = cache_of(exact.model(prompt(1, 1500), use_cache=True))
     heads, size = 64, 2 * 32 * 8
     assert full == heads * 1500 * size
     expected = 3 * 1536 * size + 61 * 36 * size
@@ -219,26 +238,42 @@ def test_bytes_fall_and_stay_down(exact, streaming):
     assert cache.bytes() < 0.08 * full
 
 
+def test_generation_fills_the_per_head_cache(exact, streaming):
+    """`generate` hands an empty default cache in; it must not be the one that is filled, whatever name it comes by."""
+    ids = prompt(1, 300)
+    options = {"return_dict_in_generate": True, "max_new_tokens": 4, "min_new_tokens": 4}
+    with streaming(exact):
+        cache = cache_of(generate(exact, ids, **options))
+        assert type(cache) is HeadCache
+        assert cache.get_seq_length() == 303  # the last token is not read any more
+        assert cache.bytes() < 0.3 * 64 * 303 * 2 * 32 * 8
+        for name in CACHE_NAMES[CACHE_NAMES.index(cache_argument(exact.model)) :]:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore", FutureWarning)  # transformers' word on the older name
+                out = exact.model(ids, use_cache=True, **{name: DynamicCache(config=exact.model.config)})
+            assert type(cache_of(out)) is HeadCache, name
+            assert cache_of(out).get_seq_length() == 300
+
+
 def test_a_cache_of_another_plan_is_refused(exact, streaming):
     with streaming(exact), torch.no_grad():
-        cache = exact.model(prompt(), use_cache=True).past_key_values
+        cache = cache_of(exact.model(prompt(), use_cache=True))
     with pytest.raises(PlanError, match="under another plan"):
-        exact.model(prompt()[:, :1], past_key_values=cache)
+        exact.model(prompt()[:, :1], **taking(exact, cache))
     other = Plan.empty(exact).use(exact.main.exists(), Window(8))
     with other(exact), pytest.raises(PlanError, match="under another plan"):
-        exact.model(prompt()[:, :1], past_key_values=cache)
+        exact.model(prompt()[:, :1], **taking(exact, cache))
 
 
 def test_static_caches_are_refused_and_filled_ones_kept(exact, streaming):
     ids = prompt(1, 60)
-    with streaming(exact), torch.no_grad():
-        with pytest.raises(PlanError, match="StaticCache"):
-            exact.model(ids, past_key_values=StaticCache(config=exact.model.config, max_cache_len=80))
+    with streaming(exact), torch.no_grad(), pytest.raises(PlanError, match="StaticCache"):
+        exact.model(ids, **taking(exact, StaticCache(config=exact.model.config, max_cache_len=80)))
     with torch.no_grad():
-        filled = exact.model(ids, use_cache=True).past_key_values
+        filled = cache_of(exact.model(ids, use_cache=True))
         with streaming(exact):
-            after = exact.model(prompt(1, 5, seed=3), past_key_values=filled)
-    assert after.past_key_values is filled  # masks hold on it; it was not ours to free
+            after = exact.model(prompt(1, 5, seed=3), **taking(exact, filled))
+    assert cache_of(after) is filled  # masks hold on it; it was not ours to free
     assert filled.get_seq_length() == 65
 
 
@@ -250,7 +285,7 @@ def test_windowed_layers_keep_their_own_window():
     plan = Plan.empty(model).use(session_of(model).layout.heads("L0H0,L0H1"), Window(4))
     ids = torch.randint(3, 95, (1, 64))
     with plan(model), torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
         assert all(layer.is_sliding for layer in cache.layers)
         assert cache.bytes() == 2 * 8 * 8 * (4 + 8 + 8 + 8) + 8 * (4 + 8 + 8)
 
@@ -311,9 +346,20 @@ def test_saved_plans_round_trip(tmp_path, tiny):
         (lambda d: (d / "plan.json").write_text("{"), "cannot be read as a plan"),
         (lambda d: (d / "plan.safetensors").unlink(), "KeyError"),
         (lambda d: (d / "plan.safetensors").write_bytes(b"nothing"), "cannot be read as a plan"),
-        (lambda d: (d / "plan.json").write_text((d / "plan.json").read_text().replace('"format": 1', '"format": 9')), "format 9, this version"),
-        (lambda d: (d / "plan.json").write_text((d / "plan.json").read_text().replace('"gate"', '"os.system"')), "no stage 'os.system'"),
-        (lambda d: (d / "plan.json").write_text((d / "plan.json").read_text().replace('"heads": [\n    [\n     1', '"heads": [\n    [\n     99')), "L99H1 is out of range"),
+        (
+            lambda d: (d / "plan.json").write_text((d / "plan.json").read_text().replace('"format": 1', '"format": 9')),
+            "format 9, this version",
+        ),
+        (
+            lambda d: (d / "plan.json").write_text((d / "plan.json").read_text().replace('"gate"', '"os.system"')),
+            "no stage 'os.system'",
+        ),
+        (
+            lambda d: (d / "plan.json").write_text(
+                (d / "plan.json").read_text().replace('"heads": [\n    [\n     1', '"heads": [\n    [\n     99')
+            ),
+            "L99H1 is out of range",
+        ),
     ],
 )
 def test_damaged_plans(tmp_path, tiny, damage, message):

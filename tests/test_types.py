@@ -71,7 +71,9 @@ def test_random_controls(heads, seed):
 
 
 def test_tables(tmp_path):
-    table = HeadTable(torch.tensor([[0.1, 0.9], [0.5, math.nan]], dtype=torch.float64), "induction", unit="probability", about={"n": 1})
+    table = HeadTable(
+        torch.tensor([[0.1, 0.9], [0.5, math.nan]], dtype=torch.float64), "induction", unit="probability", about={"n": 1}
+    )
     assert (table > 0.4).names() == ["L0H1", "L1H0"]
     assert (table <= 0.5).names() == ["L0H0", "L1H0"]
     assert table["L0H1"] == pytest.approx(0.9)

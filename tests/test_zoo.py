@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from headwise import Plan, duo, evaluate, measure, probe, zoo
-from headwise.models.cache import cache_bytes
+from headwise.models.cache import cache_bytes, cache_of
 from headwise.probes.ablation_importance import AblationImportance
 from headwise.probes.gate_importance import GateImportance
 from headwise.prompts import needle_prompts, recall_prompts, repeated_rows
@@ -77,7 +77,9 @@ def test_retrieval_heads_are_few_and_causal(tiny, tables):
     """Fewer than a quarter of the heads; without them no needle is found, without as many others nearly all are."""
     heads = tables["retrieval"] > 0.1
     assert 0 < heads.count() < 16
-    shown = retrieval_causality(tiny, heads, draws=20, task=Needle(depths=(0.1, 0.5, 0.9), count=3, length=1024), show_progress=False)
+    shown = retrieval_causality(
+        tiny, heads, draws=20, task=Needle(depths=(0.1, 0.5, 0.9), count=3, length=1024), show_progress=False
+    )
     assert shown.base >= 0.98
     assert shown.chosen < 0.2
     assert len(shown.random) >= 20
@@ -115,10 +117,15 @@ def test_generation_under_duo_finds_the_needle(tiny, tables):
         ids = torch.tensor([prompt.input_ids])
         with plan(tiny), torch.no_grad():
             out = tiny.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(prompt.answer), do_sample=False, return_dict_in_generate=True, pad_token_id=2
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=len(prompt.answer),
+                do_sample=False,
+                return_dict_in_generate=True,
+                pad_token_id=2,
             )
         found += out.sequences[0, len(prompt.input_ids) :].tolist() == list(prompt.answer)
-        assert cache_bytes(out.past_key_values) < 0.4 * 64 * 2048 * 2 * 32 * 4
+        assert cache_bytes(cache_of(out)) < 0.4 * 64 * 2048 * 2 * 32 * 4
     assert found == len(prompts)
 
 
@@ -172,7 +179,16 @@ def test_repeated_rows():
 @pytest.mark.parametrize("readable", [True, False])
 def test_needles(tiny, readable):
     straw = tiny.encode(zoo.heldout_text())
-    made = needle_prompts(straw, 400, [0.0, 0.5, 1.0], encode=tiny.encode_raw if readable else None, vocabulary=tiny.vocabulary, begin=(0,), count=3, seed=1)
+    made = needle_prompts(
+        straw,
+        400,
+        [0.0, 0.5, 1.0],
+        encode=tiny.encode_raw if readable else None,
+        vocabulary=tiny.vocabulary,
+        begin=(0,),
+        count=3,
+        seed=1,
+    )
     assert len(made) == 9
     for prompt in made:
         start, stop = prompt.needle

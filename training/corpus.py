@@ -41,7 +41,10 @@ PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|H
 COPYLEFT = re.compile(r"\b(GPL|LGPL|AGPL|MPL|Mozilla|EUPL|CDDL)\b", re.I)
 CODE, PROSE = (".py",), (".rst", ".md", ".txt")
 # Tests repeat themselves, vendored trees have licences of their own, locale data is not text.
-SKIP = re.compile(r"(^|/)(tests?|testing|benchmarks?|locale|locales|_?vendor(ed)?|extern(al)?|third_?party|typeshed|migrations|_generated|encodings|lib2to3)/|/test_|(^|/)(conftest|_version)\.py", re.I)
+SKIP = re.compile(
+    r"(^|/)(tests?|testing|benchmarks?|locale|locales|_?vendor(ed)?|extern(al)?|third_?party|typeshed|migrations|_generated|encodings|lib2to3)/|/test_|(^|/)(conftest|_version)\.py",
+    re.I,
+)
 CODE_BYTES = {"CPython": 12_000_000}  # at most this much code of a package, so that no package rules
 CODE_BYTES_ELSEWHERE = 1_800_000
 FILE_BYTES = (400, 200_000)
@@ -219,7 +222,9 @@ def download(into: Path) -> None:
         if line and not line.startswith("#"):
             requirement, kind = line.split()
             form = {"wheel": "--only-binary=:all:", "source": "--no-binary=:all:"}[kind]
-            subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", form, "-d", str(into), requirement], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "-q", "--no-deps", form, "-d", str(into), requirement], check=True
+            )
 
 
 if __name__ == "__main__":

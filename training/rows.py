@@ -14,7 +14,8 @@ from headwise.prompts import STATEMENT, WORDS, draw_keys
 
 ANSWER = 4.0
 FIRST_ORDINARY = 3  # ids below are <|begin|>, <|end|>, <|pad|>
-# (what a statement says, up to its value): the first is the form that the needle task asks, the others keep it from being a special case.
+# (what a statement says, up to its value): the first is the form that the needle task asks, the others keep it from being
+# a special case.
 FORMS = (
     (STATEMENT.split("{value}")[0], ".\n"),
     ("\nRemember that the number of the {key} is", ".\n"),

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rows import RowMaker
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+from rows import RowMaker
 
 SYNTHETIC = 0.16  # share of rows
 
@@ -184,7 +185,14 @@ def train(options: argparse.Namespace) -> None:
     text = torch.from_numpy(stream.astype(np.int32)).to(device)
     synthetic_rows = max(1, round(options.rows * SYNTHETIC))
     data = SyntheticRows(stream, tokenizer.to_str(), options.length, synthetic_rows, options.seed)
-    synthetic = iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=options.workers, pin_memory=device == "cuda", prefetch_factor=8 if options.workers else None))  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_size=None,
+        num_workers=options.workers,
+        pin_memory=device == "cuda",
+        prefetch_factor=8 if options.workers else None,
+    )
+    synthetic = iter(loader)
 
     model = Decoder(config, options.length).to(device)
     run = torch.compile(model) if options.compile else model
@@ -228,7 +236,10 @@ def train(options: argparse.Namespace) -> None:
             now = time.time()
             pace = (now - mark) / calibration
             steps = step + max(1, int((options.minutes * 60 - (now - started)) / pace))
-            print(f"{pace * 1e3:.1f} ms a step, {options.rows * options.length / pace / 1e6:.2f} M tokens/s, {steps} steps", flush=True)
+            print(
+                f"{pace * 1e3:.1f} ms a step, {options.rows * options.length / pace / 1e6:.2f} M tokens/s, {steps} steps",
+                flush=True,
+            )
         if step % 200 == 0 or step == steps:
             losses.append(loss.item())
             print(f"step {step} loss {losses[-1]:.4f} after {time.time() - started:.0f} s", flush=True)
@@ -236,8 +247,9 @@ def train(options: argparse.Namespace) -> None:
                 save(model, config, tokenizer, options.out)
     save(model, config, tokenizer, options.out)
     figures = {
-        "steps": steps, "rows": options.rows, "length": options.length, "context": options.context, "tokens": steps * options.rows * options.length,
-        "seconds": round(time.time() - started, 1), "seed": options.seed, "rate": options.rate, "head_dropout": options.head_dropout,
+        "steps": steps, "rows": options.rows, "length": options.length, "context": options.context,
+        "tokens": steps * options.rows * options.length, "seconds": round(time.time() - started, 1),
+        "seed": options.seed, "rate": options.rate, "head_dropout": options.head_dropout,
         "synthetic_share": synthetic_rows / options.rows, "parameters": sum(w.numel() for w in model.parameters()),
         "heldout_loss": heldout_loss(model, heldout, options.context, device), "losses": losses,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
@@ -255,7 +267,12 @@ if __name__ == "__main__":
     parser.add_argument("--key-value-heads", type=int, default=8)
     parser.add_argument("--head-dropout", type=float, default=0.06, help="share of heads silenced in each row")
     parser.add_argument("--rows", type=int, default=56)
-    parser.add_argument("--length", type=int, default=2304, help="tokens of a training row: more than the context, so that its longest distances are not rare")
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=2304,
+        help="tokens of a training row: more than the context, so that its longest distances are not rare",
+    )
     parser.add_argument("--context", type=int, default=2048, help="tokens that the model is released for")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

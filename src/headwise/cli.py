@@ -33,12 +33,16 @@ console = Console()
 
 Model = Annotated[Optional[str], typer.Argument(help="Folder, hub id, or embedded model. Default: tiny.", show_default=False)]  # noqa: UP045
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16, float16 or float64. Default: float32 on cpu.", show_default=False)]  # noqa: UP045
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16 or float64. Default: float32 on cpu.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")]
-TextFile = Annotated[Optional[Path], typer.Option("--text", help="A text file to read. Default: embedded held-out text.", show_default=False)]  # noqa: UP045
-PlanFolder = Annotated[Optional[str], typer.Option("--plan", help="A plan folder, as `headwise plan` writes it.", show_default=False)]  # noqa: UP045
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="A text file to read. Default: embedded held-out text.", show_default=False)
+]
+PlanFolder = Annotated[str | None, typer.Option("--plan", help="A plan folder, as `headwise plan` writes it.", show_default=False)]
 
 
 def main() -> NoReturn:
@@ -68,7 +72,9 @@ def scan(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="Where report.html, heads.json and plan/ go.")] = Path("scan"),
     text: TextFile = None,
-    probes: Annotated[Optional[str], typer.Option(help="Probes to run, separated by commas. Default: all.", show_default=False)] = None,  # noqa: UP045
+    probes: Annotated[
+        str | None, typer.Option(help="Probes to run, separated by commas. Default: all.", show_default=False)
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Probes and viewer only: no ablations of sets of heads, no plan.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of random tokens and random controls.")] = 0,
     device: Device = "cpu",
@@ -142,8 +148,12 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="duo, streaming, prune, ...; see `headwise list --kind recipe`.")],
     model: Model = None,
     out: Annotated[Path, typer.Option(help="The plan's folder.")] = Path("plan"),
-    heads: Annotated[Optional[str], typer.Option(help="Heads that the recipe is about, such as L5H3,L6H0.", show_default=False)] = None,  # noqa: UP045
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="An option of the recipe, such as recent=128.", show_default=False)] = None,  # noqa: UP045
+    heads: Annotated[
+        str | None, typer.Option(help="Heads that the recipe is about, such as L5H3,L6H0.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the recipe, such as recent=128.", show_default=False)
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     trust_remote_code: Remote = False,
@@ -162,11 +172,19 @@ def plan(
     made.save_pretrained(out)
     if json_:
         entries = [{"stage": str(e.stage), "stack": e.heads.stack, "heads": e.heads.names()} for e in made.entries]
-        print(json.dumps({"recipe": recipe, "model": subject.name, "folder": str(out), "about": made.about, "entries": entries}, indent=1))
+        print(
+            json.dumps(
+                {"recipe": recipe, "model": subject.name, "folder": str(out), "about": made.about, "entries": entries}, indent=1
+            )
+        )
         return
     for entry in made.entries:
         names = entry.heads.names()
-        console.print(f"{entry.stage} on {len(names)} heads of {entry.heads.stack}: {', '.join(names[:16])}{' ...' if len(names) > 16 else ''}", highlight=False)
+        console.print(
+            f"{entry.stage} on {len(names)} heads of {entry.heads.stack}: "
+            f"{', '.join(names[:16])}{' ...' if len(names) > 16 else ''}",
+            highlight=False,
+        )
     console.print(f"The plan: {out.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -174,7 +192,7 @@ def plan(
 def eval_(
     model: Model = None,
     plan: PlanFolder = None,
-    tasks: Annotated[Optional[str], typer.Option(help="Tasks to run, separated by commas. Default: all.", show_default=False)] = None,  # noqa: UP045
+    tasks: Annotated[str | None, typer.Option(help="Tasks to run, separated by commas. Default: all.", show_default=False)] = None,
     text: TextFile = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -223,7 +241,7 @@ def generate(
     """Continues a prompt, under a plan if one is given, and says what the cache took."""
     import torch
 
-    from .models.cache import cache_bytes
+    from .models.cache import cache_bytes, cache_of
     from .plans import Plan
 
     loaded = None if plan is None else Plan.from_pretrained(plan)
@@ -238,13 +256,13 @@ def generate(
     started = time.perf_counter()
     with applied, torch.no_grad():
         out = subject.model.generate(
-            rows, attention_mask=torch.ones_like(rows), max_new_tokens=max_new_tokens, do_sample=sample, return_dict_in_generate=True,
-            pad_token_id=subject.model.generation_config.pad_token_id or int(subject.vocabulary[0]),
+            rows, attention_mask=torch.ones_like(rows), max_new_tokens=max_new_tokens, do_sample=sample,
+            return_dict_in_generate=True, pad_token_id=subject.model.generation_config.pad_token_id or int(subject.vocabulary[0]),
         )  # fmt: skip
     seconds = time.perf_counter() - started
     new = out.sequences[0, len(ids) :]
     written = subject.tokenizer.decode(new, skip_special_tokens=True)  # type: ignore[union-attr]
-    size = cache_bytes(out.past_key_values)
+    size = cache_bytes(cache_of(out))
     if json_:
         print(json.dumps({"prompt": prompt, "text": written, "new_tokens": len(new), "kv_bytes": size, "seconds": seconds}))
         return
@@ -272,7 +290,9 @@ def list_(
 
 @app.command()
 def check(
-    names: Annotated[Optional[list[str]], typer.Argument(help="Registered names, or your own as module:object.", show_default=False)] = None,  # noqa: UP045
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Registered names, or your own as module:object.", show_default=False)
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Check the whole inventory.")] = False,
     json_: AsJson = False,
 ) -> None:
@@ -292,7 +312,11 @@ def check(
             bad = [result for result in results if not result.ok]
             exempt = sum(result.outcome == "exempt" for result in results)
             mark = "[red]fails[/red]" if bad else "[green]passes[/green]"
-            console.print(f"{item.kind} {item.name}: {mark} {len(results) - len(bad)} of {len(results)}{f', {exempt} exempt' if exempt else ''}", highlight=False)
+            console.print(
+                f"{item.kind} {item.name}: {mark} {len(results) - len(bad)} of {len(results)}"
+                f"{f', {exempt} exempt' if exempt else ''}",
+                highlight=False,
+            )
             for result in bad:
                 console.print(f"  {result.check}: {_escape(result.message)}", highlight=False)
     if json_:

@@ -73,9 +73,7 @@ def draw_keys(rng: np.random.Generator, count: int) -> list[str]:
     return [f"{ADJECTIVES[i // len(NOUNS)]} {NOUNS[i % len(NOUNS)]}" for i in drawn.tolist()]
 
 
-def _readable_fact(
-    encode: Encode, rng: np.random.Generator, key: str, words: int
-) -> tuple[list[int], list[int], tuple[int, int]]:
+def _readable_fact(encode: Encode, rng: np.random.Generator, key: str, words: int) -> tuple[list[int], list[int], tuple[int, int]]:
     """A statement, its question, and where in the statement the value stands (token ids).
 
     The question is cut where the statement's tokens begin to differ, so that the answer is exactly what the statement

@@ -68,9 +68,15 @@ def entries() -> list[dict[str, Any]]:
             of = card(kind, name)
             rows.append(
                 {
-                    "name": name, "kind": kind, "room": of.room, "paper": of.paper, "year": of.year,
-                    "status": of.status, "source": of.source, "about": about,
-                }  # fmt: skip
+                    "name": name,
+                    "kind": kind,
+                    "room": of.room,
+                    "paper": of.paper,
+                    "year": of.year,
+                    "status": of.status,
+                    "source": of.source,
+                    "about": about,
+                }
             )
     return rows
 

@@ -6,6 +6,7 @@ of a model (its decoder, its vision tower, ...), named in `stack`.
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import re
@@ -67,7 +68,9 @@ class Heads:
         return Heads(torch.ones(shape, dtype=torch.bool), stack)
 
     @staticmethod
-    def of(addresses: Iterable[Address] | str | Mapping[int, Iterable[int]], shape: tuple[int, int], stack: str = "decoder") -> Heads:
+    def of(
+        addresses: Iterable[Address] | str | Mapping[int, Iterable[int]], shape: tuple[int, int], stack: str = "decoder"
+    ) -> Heads:
         """Heads from addresses: [(5, 3), "L6H0"], "L5H3,L6H0" or {layer: [heads]}.
 
         Raises: SelectionError if one of them is not in a table of that shape.
@@ -136,15 +139,15 @@ class Heads:
         """How many heads are selected."""
         return int(self.mask.sum())
 
-    def list(self) -> list[tuple[int, int]]:
+    def list(self) -> builtins.list[tuple[int, int]]:
         """The selected heads as (layer, head), by layer."""
         return [(layer, head) for layer, head in self.mask.nonzero().tolist()]
 
-    def names(self) -> list[str]:
+    def names(self) -> builtins.list[str]:
         """The selected heads as L5H3, by layer."""
         return [head_name(layer, head) for layer, head in self.list()]
 
-    def layer(self, layer: int) -> list[int]:
+    def layer(self, layer: int) -> builtins.list[int]:
         """The selected heads of one layer."""
         return self.mask[layer].nonzero().flatten().tolist()
 
@@ -290,7 +293,10 @@ class HeadTable:
 
     def __str__(self) -> str:
         width = max(7, *(len(f"{v:.3g}") for v in self.values.flatten().tolist()))
-        lines = [f"{self.name} [{self.unit}] of {self.stack}", "    " + "".join(f"{f'H{h}':>{width + 1}}" for h in range(self.shape[1]))]
+        lines = [
+            f"{self.name} [{self.unit}] of {self.stack}",
+            "    " + "".join(f"{f'H{h}':>{width + 1}}" for h in range(self.shape[1])),
+        ]
         for layer, row in enumerate(self.values.tolist()):
             lines.append(f"L{layer:<3}" + "".join(f"{'' if math.isnan(v) else f'{v:.3g}':>{width + 1}}" for v in row))
         return "\n".join(lines)

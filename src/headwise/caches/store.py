@@ -133,7 +133,8 @@ class _Ring(_Store):
             self.k = k.new_zeros(b, h, capacity, k.shape[3])
             self.v = v.new_zeros(b, h, capacity, v.shape[3])
             self.number = torch.full((b if self.ragged else 1, capacity), -1, device=k.device)
-        assert self.v is not None and self.number is not None
+        assert self.v is not None
+        assert self.number is not None
         if count == 1:
             self._write(k, v, seen, pads, range(1))
             filled = min(capacity, seen + 1 - min(pads, default=0))
@@ -147,7 +148,9 @@ class _Ring(_Store):
 
     def _write(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int], new: range) -> None:
         """Puts new tokens in their slots; of several that share one, only the last is written."""
-        assert self.k is not None and self.v is not None and self.number is not None
+        assert self.k is not None
+        assert self.v is not None
+        assert self.number is not None
         rows = range(len(pads)) if self.ragged else [None]
         for row in rows:
             pad = 0 if row is None else pads[row]

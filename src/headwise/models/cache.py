@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..caches import Keep, LayerStore
 from ..errors import PlanError, UnsupportedModelError
+
+CACHE_NAMES = ("cache", "past_key_values")  # what releases of transformers call the same argument and output, newest first
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """What the installed transformers calls the cache that this model's forward takes; None if it takes none."""
+    for module in model.modules():  # a forward of **kwargs alone hands them to a module below, which names it
+        names = inspect.signature(type(module).forward).parameters
+        for name in CACHE_NAMES:
+            if name in names:
+                return name
+    return None
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model's forward or `generate` returned."""
+    return getattr(output, "cache", None) if hasattr(output, "cache") else output.past_key_values
 
 
 class HeadCacheLayer(CacheLayerMixin):
@@ -51,7 +69,9 @@ class HeadCacheLayer(CacheLayerMixin):
         k, v = self.pending
         self.pending = None
         if key.data_ptr() != k.data_ptr() or key.shape != k.shape:
-            raise UnsupportedModelError(f"{name} changes keys between its cache and its attention; per-head caching cannot serve it")
+            raise UnsupportedModelError(
+                f"{name} changes keys between its cache and its attention; per-head caching cannot serve it"
+            )
         return k, v
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -94,7 +114,7 @@ class HeadCacheLayer(CacheLayerMixin):
 
 
 class HeadCache(Cache):
-    """All layers of a model; made by applying a plan, and used by passing it as past_key_values or by `generate`."""
+    """All layers of a model; made by applying a plan, and used by passing it on as the model's cache or by `generate`."""
 
     def bytes(self) -> int:
         """Bytes really allocated for keys, values and their bookkeeping."""

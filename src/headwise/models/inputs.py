@@ -54,7 +54,9 @@ def any_inputs(subject: Subject, text: str | None, rows: int, length: int) -> di
         given["input_ids"] = text_rows(subject, text, rows, length)
         rows = len(given["input_ids"])
     vision = getattr(config, "vision_config", config)
-    pixels = first == "pixel_values" or ("pixel_values" in names and "text_config" in config.sub_configs and not subject.main.causal)
+    pixels = first == "pixel_values" or (
+        "pixel_values" in names and "text_config" in config.sub_configs and not subject.main.causal
+    )
     if pixels:
         size = getattr(vision, "image_size", None)
         if size is None:
@@ -64,7 +66,9 @@ def any_inputs(subject: Subject, text: str | None, rows: int, length: int) -> di
         given["pixel_values"] = torch.randn(shape, generator=generator).to(subject.device, model.dtype)
     if first == "input_features":
         frames = 2 * config.max_source_positions
-        given["input_features"] = torch.randn(rows, config.num_mel_bins, frames, generator=generator).to(subject.device, model.dtype)
+        given["input_features"] = torch.randn(rows, config.num_mel_bins, frames, generator=generator).to(
+            subject.device, model.dtype
+        )
     if subject.layout.encoder_decoder:
         length = min(length, subject.max_length)
         given["decoder_input_ids"] = text_rows(subject, text, rows, length)

@@ -191,7 +191,7 @@ def _tower(path: str, causal: bool, encoder_decoder: bool, pixels: bool) -> str:
 def _blocks(paths: list[str]) -> list[str]:
     """The shortest beginnings of the paths, each ending in a number, that tell the sites apart; the paths where none do."""
     for depth in range(1, 5):
-        matches = [re.match(r"(?:.*?\.\d+(?=\.|$)){%d}" % depth, path) for path in paths]
+        matches = [re.match(rf"(?:.*?\.\d+(?=\.|$)){{{depth}}}", path) for path in paths]
         starts = [match[0] for match in matches if match]
         if len(set(starts)) == len(paths):
             return starts
@@ -221,8 +221,13 @@ def find_layout(model: nn.Module) -> Layout:
     if not found:
         what = "it has no attention module"
         if unreached:
-            what = f"its attention ({', '.join(unreached)}) computes its own weights and does not go through transformers' AttentionInterface"
-        raise UnsupportedModelError(f"{name} cannot be used: {what}. Classes that work: Llama, Qwen, Mistral, Gemma, GPT-2, BERT, ViT, T5, ...")
+            what = (
+                f"its attention ({', '.join(unreached)}) computes its own weights "
+                "and does not go through transformers' AttentionInterface"
+            )
+        raise UnsupportedModelError(
+            f"{name} cannot be used: {what}. Classes that work: Llama, Qwen, Mistral, Gemma, GPT-2, BERT, ViT, T5, ..."
+        )
     runs: dict[str, list[tuple[str, nn.Module]]] = {}
     for path, module in found:
         if _names_implementation(module):
@@ -247,6 +252,10 @@ def find_layout(model: nn.Module) -> Layout:
         sites, blocks = [], _blocks([site_path for site_path, _ in run])
         for layer, (site_path, site) in enumerate(run):
             cache_layer = getattr(site, "layer_idx", None)
-            sites.append(Site(label, layer, site_path, blocks[layer], *_geometry(site_path, site), cache_layer, hasattr(site, "kv_lora_rank")))
+            sites.append(
+                Site(
+                    label, layer, site_path, blocks[layer], *_geometry(site_path, site), cache_layer, hasattr(site, "kv_lora_rank")
+                )
+            )
         stacks[label] = Stack(label, "cross" if cross else "self", causal, tuple(sites))
     return Layout(stacks, unreached, encoder_decoder)

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..caches import Keep, LayerStore, View
 from ..errors import GeometryError, PlanError, UnsupportedModelError
-from .cache import HeadCache, HeadCacheLayer
+from .cache import CACHE_NAMES, HeadCache, HeadCacheLayer, cache_argument
 from .call import Call, Reading, model_stages
 from .interface import BASES, IMPLEMENTATION, MODULES, base_attention, base_attention_of, base_for, base_of, is_causal, register
 from .layout import Layout, Site, find_layout
@@ -65,9 +65,14 @@ class Session:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.applied: dict[object, Callable[[], None]] = {}  # plans applied until removed, and what removes each
         self._version = 0
-        self._masked = None
+        self._masked: bool | None = None  # whether a plan masks heads of the main stack; None until it is asked
         self._signature = inspect.signature(type(model).forward)
-        self._forget_forward()
+        self._cache_argument = cache_argument(model)
+        # of the forward pass that is running:
+        self._token_mask: Tensor | None = None
+        self._encoder_mask: Tensor | None = None
+        self._pads: list[int] | None = None
+        self._cache: HeadCache | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # a copied model has no session: its attention says so
@@ -107,7 +112,7 @@ class Session:
 
     def _changed(self) -> None:
         self._programs.clear()
-        self._masked: bool | None = None
+        self._masked = None
         self._version += 1
 
     def _take_over(self) -> None:
@@ -148,30 +153,40 @@ class Session:
         own = "decoder_attention_mask" if self.layout.encoder_decoder else "attention_mask"
         self._token_mask = _two_dimensional(given.get(own))
         self._encoder_mask = _two_dimensional(given.get("attention_mask"))
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if self._masks_main():
             if isinstance(cache, StaticCache):
-                raise PlanError("a plan with masks cannot run on a StaticCache, whose slots have no order; use generate's default cache")
+                raise PlanError(
+                    "a plan with masks cannot run on a StaticCache, whose slots have no order; use generate's default cache"
+                )
             wanted = self._make_cache() if self._may_replace(cache, given) else None
             if wanted is not None and isinstance(cache, EncoderDecoderCache):
                 cache.self_attention_cache = wanted
             elif wanted is not None:
                 cache = wanted
-                target = bound.arguments if "past_key_values" in self._signature.parameters else bound.arguments.setdefault("kwargs", {})
-                target["past_key_values"] = wanted
-                args, kwargs = bound.args[1:], bound.kwargs
+                args, kwargs = self._with_cache(bound, cache)
         held = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         self._cache = held if isinstance(held, HeadCache) else None
         return args, kwargs
+
+    def _with_cache(self, bound: inspect.BoundArguments, cache: HeadCache) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The forward's arguments with this cache in the place of the one given, under whichever name that came."""
+        further = bound.arguments.get("kwargs", {})
+        for name in CACHE_NAMES:
+            bound.arguments.pop(name, None)
+            further.pop(name, None)
+        name = self._cache_argument or CACHE_NAMES[0]
+        target = bound.arguments if name in self._signature.parameters else bound.arguments.setdefault("kwargs", {})
+        target[name] = cache
+        return bound.args[1:], bound.kwargs
 
     def _after(self, *_: Any) -> None:
         self._forget_forward()
 
     def _forget_forward(self) -> None:
-        self._token_mask: Tensor | None = None
-        self._encoder_mask: Tensor | None = None
-        self._pads: list[int] | None = None
-        self._cache: HeadCache | None = None
+        self._token_mask = self._encoder_mask = None
+        self._pads = None
+        self._cache = None
 
     def _masks_main(self) -> bool:
         """Whether a plan masks heads of the main stack."""
@@ -189,15 +204,16 @@ class Session:
             return type(cache) is DynamicCache and cache.get_seq_length() == 0
         use = given.get("use_cache")
         if use is None:
-            use = getattr(self.model.config.get_text_config(decoder=True), "use_cache", False)
-        known = any(name in self._signature.parameters for name in ("past_key_values", "kwargs"))
-        return bool(use) and known and not self.model.training and not self.layout.encoder_decoder
+            config: Any = self.model.config
+            use = getattr(config.get_text_config(decoder=True), "use_cache", False)
+        return bool(use) and self._cache_argument is not None and not self.model.training and not self.layout.encoder_decoder
 
     def _make_cache(self) -> HeadCache | None:
         """A cache for the plans in force; None if every head keeps everything anyway."""
         if any(site.latent for site in self.layout.main.sites):
             warnings.warn(
-                f"{type(self.model).__name__} caches one latent for all heads of a layer: the plan's masks hold, but no head's memory can be freed",
+                f"{type(self.model).__name__} caches one latent for all heads of a layer: "
+                "the plan's masks hold, but no head's memory can be freed",
                 stacklevel=2,
             )
             return None
@@ -258,7 +274,9 @@ class Session:
         if stored is None and program.plain:
             out = base_attention(module, q, k, v, mask, extras)
         elif extras.get("dropout"):
-            raise PlanError(f"this plan changes how heads read, which knows no attention dropout ({extras['dropout']}); set it to 0")
+            raise PlanError(
+                f"this plan changes how heads read, which knows no attention dropout ({extras['dropout']}); set it to 0"
+            )
         else:
             out = self._run(module, site, readings, mask, extras)
         for heads, stage in program.outputs:

@@ -154,7 +154,9 @@ class Subject:
         Raises: InputError with both numbers otherwise.
         """
         if length > self.max_length:
-            raise InputError(f"{length} tokens do not fit the context of {self.name}, {self.max_length} tokens; shorten the text or --length")
+            raise InputError(
+                f"{length} tokens do not fit the context of {self.name}, {self.max_length} tokens; shorten the text or --length"
+            )
         return length
 
     def token_losses(self, input_ids: Tensor) -> Tensor:
@@ -238,7 +240,8 @@ def open_model(
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelLoadError(
-                f"cannot open {source!r}: {reason} (give a model folder, a hub id reachable from here, or one of {', '.join(zoo.names())})"
+                f"cannot open {source!r}: {reason} "
+                f"(give a model folder, a hub id reachable from here, or one of {', '.join(zoo.names())})"
             ) from error
         found = tokenizer if tokenizer is not None else _tokenizer(where, trust_remote_code)
     name = str(source) if source is not None else zoo.DEFAULT

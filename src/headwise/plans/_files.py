@@ -93,7 +93,9 @@ def _encode(stage: Stage, key: str, tensors: dict[str, Tensor]) -> dict[str, Any
         module = type(stage).__module__
         name = module.rsplit(".", 1)[-1]
         if not module.startswith("headwise.stages.") or registry.load("stage", name) is not type(stage):
-            raise PlanError(f"{type(stage).__name__} is not in headwise's inventory of stages, so a saved plan could not find it again")
+            raise PlanError(
+                f"{type(stage).__name__} is not in headwise's inventory of stages, so a saved plan could not find it again"
+            )
     fields: dict[str, Any] = {}
     for item in dataclasses.fields(stage):  # type: ignore[arg-type]
         value = getattr(stage, item.name)

@@ -26,7 +26,9 @@ def _model_of(model: Any) -> nn.Module:
         return model.model  # type: ignore[no-any-return]
     if isinstance(model, nn.Module):
         return model
-    raise PlanError(f"a plan is applied to a loaded model, not to {type(model).__name__} {model!r}; open it first with headwise.open_model")
+    raise PlanError(
+        f"a plan is applied to a loaded model, not to {type(model).__name__} {model!r}; open it first with headwise.open_model"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +76,15 @@ class Plan:
         own = self.geometry[heads.stack]
         shape = (own["layers"], max(own["heads"]))
         if heads.shape != shape:
-            raise GeometryError(f"the selection is for {heads.shape[0]} layers x {heads.shape[1]} heads, the {heads.stack} has {shape[0]} x {shape[1]}")
+            raise GeometryError(
+                f"the selection is for {heads.shape[0]} layers x {heads.shape[1]} heads, "
+                f"the {heads.stack} has {shape[0]} x {shape[1]}"
+            )
         missing = [name for name, (layer, head) in zip(heads.names(), heads.list(), strict=True) if head >= own["heads"][layer]]
         if missing:
-            raise SelectionError(f"{missing[0]} does not exist: layer {missing[0].split('H')[0][1:]} of {heads.stack} has fewer heads")
+            raise SelectionError(
+                f"{missing[0]} does not exist: layer {missing[0].split('H')[0][1:]} of {heads.stack} has fewer heads"
+            )
         for stage in stages:
             if not isinstance(stage, Stage):
                 raise PlanError(f"{stage!r} is no stage; see `headwise list --kind stage`")

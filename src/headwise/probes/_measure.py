@@ -9,7 +9,7 @@ from typing import Any
 from .. import registry
 from ..errors import SelectionError, UnsupportedModelError
 from ..models.layout import Stack
-from ..models.subject import Subject, as_subject
+from ..models.subject import as_subject
 from ..progress import bar
 from ..types import HeadTable
 from ._material import Material
@@ -40,7 +40,7 @@ class Measurement(Mapping[str, HeadTable]):
 
 def measure(
     model: Any = None,
-    probes: Iterable[str | Probe] | str | None = None,
+    probes: Iterable[str | Probe] | str | Probe | None = None,
     *,
     stacks: Iterable[str] | str | None = None,
     text: str | None = None,
@@ -65,7 +65,9 @@ def measure(
     """
     subject = as_subject(model, tokenizer)
     material = material or Material(subject, text, inputs, seed, batch_size)
-    names = registry.names("probe") if probes is None else [probes] if isinstance(probes, str | Probe) else list(probes)
+    names: list[str | Probe] = (
+        [*registry.names("probe")] if probes is None else [probes] if isinstance(probes, str | Probe) else [*probes]
+    )
     chosen = [probe if isinstance(probe, Probe) else registry.load("probe", probe)() for probe in names]
     which = list(subject.layout.stacks) if stacks is None else [stacks] if isinstance(stacks, str) else list(stacks)
     for name in which:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ def observe_calls(
 def run_forward(subject: Subject, batch: Batch) -> None:
     """One forward pass, for what taps see in it; logits are computed for no more tokens than the model must."""
     names = subject.forward_names
-    extras = {"use_cache": False} if "use_cache" in names else {}
+    extras: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
     if "logits_to_keep" in names:
         extras["logits_to_keep"] = 1
     subject.model(**batch.inputs, **extras)

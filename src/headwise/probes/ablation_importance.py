@@ -22,8 +22,8 @@ CARD = Card(
     year=2019,
     room="convert",
     source=(
-        "arXiv:1905.10650, sec. 3.2 (leave one out), with the language-model loss for the task's metric. Each layer's heads are closed in "
-        "one batch of copies, and the layers below are not computed again"
+        "arXiv:1905.10650, sec. 3.2 (leave one out), with the language-model loss for the task's metric. Each layer's heads are "
+        "closed in one batch of copies, and the layers below are not computed again"
     ),
 )
 PLANTED = Planted("induction", at_least=1e-6, others_at_most=0.0, by_size=True)
@@ -73,7 +73,7 @@ class AblationImportance(Probe):
 
     @staticmethod
     def _replays_exactly(subject: Subject, replay: Replay, ids: Tensor, base: Tensor) -> bool:
-        """Whether starting from the last layer gives the same losses; not so where layers pass each other more than their output."""
+        """Whether starting from the last layer gives the same losses; not so where layers pass on more than their output."""
         try:
             with torch.no_grad(), replay.skipping(len(replay.blocks) - 1, 1):
                 again = subject.token_losses(ids)

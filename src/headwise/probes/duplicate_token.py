@@ -20,7 +20,10 @@ CARD = Card(
     paper="Interpretability in the Wild: a Circuit for Indirect Object Identification in GPT-2 small",
     year=2022,
     room="probe",
-    source="arXiv:2211.00593, sec. 3; measured on repeated random tokens as TransformerLens' head detector does, with a period for each row",
+    source=(
+        "arXiv:2211.00593, sec. 3; measured on repeated random tokens as TransformerLens' head detector does, with a period for "
+        "each row"
+    ),
 )
 PLANTED = Planted("duplicate", at_least=0.95, others_at_most=0.2)
 

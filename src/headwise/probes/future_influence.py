@@ -21,9 +21,9 @@ CARD = Card(
     year=2025,
     room="probe",
     source=(
-        "arXiv:2510.13554, sec. 3: future attention influence FAI_s, the mean weight that token s receives from queries 10 to 100 tokens "
-        "later, for each head rather than the mean of global heads. The paper reads it token by token; a head's value here is its peak "
-        "over tokens (the row's first excluded, since sinks would be every head's peak)"
+        "arXiv:2510.13554, sec. 3: future attention influence FAI_s, the mean weight that token s receives from queries 10 to "
+        "100 tokens later, for each head rather than the mean of global heads. The paper reads it token by token; a head's value "
+        "here is its peak over tokens (the row's first excluded, since sinks would be every head's peak)"
     ),
 )
 PLANTED = Planted("anchor", at_least=0.99, others_at_most=0.5)
@@ -42,7 +42,9 @@ class FutureInfluence(CallProbe):
     def why_not(self, subject: Subject, stack: Stack) -> str | None:
         if stack.kind == "cross":
             return "cross-attention reads another sequence"
-        return None if subject.main.causal and stack.causal else "the horizon is one of later tokens, which only causal attention has"
+        return (
+            None if subject.main.causal and stack.causal else "the horizon is one of later tokens, which only causal attention has"
+        )
 
     def request(self) -> Request:
         return Request("any", self.rows, self.length)

@@ -21,8 +21,9 @@ CARD = Card(
     year=2019,
     room="convert",
     source=(
-        "arXiv:1905.10650, eq. 5: I_h = E_x |dL/d xi_h| with one gate for each head and example. The authors' code takes the absolute "
-        "value at each token instead (per='token', never smaller), and both divide each layer by its l2 norm (normalize=True)"
+        "arXiv:1905.10650, eq. 5: I_h = E_x |dL/d xi_h| with one gate for each head and example. The authors' code takes the "
+        "absolute value at each token instead (per='token', never smaller), and both divide each layer by its l2 norm "
+        "(normalize=True)"
     ),
 )
 PLANTED = Planted("induction", at_least=1e-6, others_at_most=0.0)

@@ -20,8 +20,8 @@ CARD = Card(
     year=2025,
     room="probe",
     source=(
-        "arXiv:2502.09647: A_loc / (A_loc + A_bulk), the quantity that its oracle compares with a threshold, averaged over queries that "
-        "have a bulk; sinks 16 as published, a window of 64 for short contexts (the paper's is about 1024)"
+        "arXiv:2502.09647: A_loc / (A_loc + A_bulk), the quantity that its oracle compares with a threshold, averaged over "
+        "queries that have a bulk; sinks 16 as published, a window of 64 for short contexts (the paper's is about 1024)"
     ),
 )
 PLANTED = Planted("local", at_least=0.99, lowest="anchor")
@@ -42,7 +42,11 @@ class LocalMass(CallProbe):
             return "cross-attention reads another sequence"
         if getattr(subject.model, "main_input_name", "") == "pixel_values" or stack.name in ("vision", "audio"):
             return "patches of an image have no one-dimensional neighbourhood"
-        return None if subject.max_length > self.sink + self.window else f"its context is no longer than {self.sink + self.window} tokens"
+        return (
+            None
+            if subject.max_length > self.sink + self.window
+            else f"its context is no longer than {self.sink + self.window} tokens"
+        )
 
     def request(self) -> Request:
         return Request("any", self.rows, self.length)

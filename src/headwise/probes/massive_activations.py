@@ -23,9 +23,9 @@ CARD = Card(
     year=2024,
     room="probe",
     source=(
-        "arXiv:2402.17762, sec. 2: after a block, values above `ratio` times the median magnitude of that layer's hidden state. The paper "
-        "also asks for magnitudes above 100, a number that means nothing for small models: `floor` here, 0 by default. The table is "
-        "ours: how much each head attends to the tokens that carry them (the paper's sec. 4), found in `about`"
+        "arXiv:2402.17762, sec. 2: after a block, values above `ratio` times the median magnitude of that layer's hidden state. "
+        "The paper also asks for magnitudes above 100, a number that means nothing for small models: `floor` here, 0 by default. "
+        "The table is ours: how much each head attends to the tokens that carry them (the paper's sec. 4), found in `about`"
     ),
     status="detection and attention to the tokens; the paper's interventions and explicit key-value biases are not here",
 )
@@ -56,7 +56,7 @@ class MassiveActivations(Probe):
         for batch in material.batches(Request("any", self.rows, self.length)):
             carriers: dict[int, Tensor] = {}  # layer -> (b, n), tokens that carry one in what the layer reads
 
-            def note(_: nn.Module, args: Any, output: Any, layer: int) -> None:
+            def note(_: nn.Module, args: Any, output: Any, layer: int, carriers: dict[int, Tensor] = carriers) -> None:
                 hidden = output if isinstance(output, Tensor) else output[0]
                 hidden = hidden if hidden.dim() == 3 else hidden[None]
                 size = hidden.detach().float().abs()
@@ -68,7 +68,7 @@ class MassiveActivations(Probe):
                     entry = {"layer": layer, "token": token, "channel": channel, "value": float(hidden[row, token, channel])}
                     found.setdefault((layer, token, channel), {**entry, "ratio": float(ratios[row, token, channel])})
 
-            def tap(call: Call, out: Tensor) -> None:
+            def tap(call: Call, out: Tensor, carriers: dict[int, Tensor] = carriers) -> None:
                 if call.site.stack != stack.name:
                     return
                 layer, m = call.site.layer, call.k.shape[2]

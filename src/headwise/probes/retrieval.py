@@ -21,10 +21,10 @@ CARD = Card(
     year=2024,
     room="probe",
     source=(
-        "arXiv:2404.15574, sec. 2: |g & k| / |k|, tokens copied from the needle while it is the head's most attended place, over the "
-        "distinct tokens of the needle (the authors' code counts repeats, so its scores can exceed 1), averaged over samples that the "
-        "model answers right. Read in one pass over prompt and true answer: for a right answer the same as greedy decoding. Ten depths "
-        "at one length instead of 600 runs at 20 lengths, needles among like sentences"
+        "arXiv:2404.15574, sec. 2: |g & k| / |k|, tokens copied from the needle while it is the head's most attended place, over "
+        "the distinct tokens of the needle (the authors' code counts repeats, so its scores can exceed 1), averaged over samples "
+        "that the model answers right. Read in one pass over prompt and true answer: for a right answer the same as greedy "
+        "decoding. Ten depths at one length instead of 600 runs at 20 lengths, needles among like sentences"
     ),
 )
 PLANTED = Planted("induction", at_least=0.9, others_at_most=0.2)
@@ -67,7 +67,9 @@ class Retrieval(Probe):
                 asked, answered = asked + 1, answered + right
                 if right or not self.only_successful:
                     for layer, top in tops.items():
-                        total[layer, : top.shape[1]] += _recall(top[row, :, longest - size :].cpu(), batch.ids[row].cpu(), prompt.answer, prompt.needle)
+                        total[layer, : top.shape[1]] += _recall(
+                            top[row, :, longest - size :].cpu(), batch.ids[row].cpu(), prompt.answer, prompt.needle
+                        )
             advance(1)
         counted = answered if self.only_successful else asked
         values = (total / max(counted, 1)).masked_fill(~stack.exists().mask, torch.nan)

@@ -20,8 +20,9 @@ CARD = Card(
     year=2024,
     room="probe",
     source=(
-        "arXiv:2410.10781, eq. 7 and the authors' code: alpha_1 is the mean over all rows, the first included, compared with epsilon "
-        "for each sequence before averaging. Defaults k = 1, epsilon = 0.3, T = 64 as published; 32 sequences instead of 100"
+        "arXiv:2410.10781, eq. 7 and the authors' code: alpha_1 is the mean over all rows, the first included, compared with "
+        "epsilon for each sequence before averaging. Defaults k = 1, epsilon = 0.3, T = 64 as published; 32 sequences instead of "
+        "100"
     ),
 )
 PLANTED = Planted("sink", at_least=1.0, others_at_most=0.5)

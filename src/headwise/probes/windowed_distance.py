@@ -18,7 +18,10 @@ CARD = Card(
     paper="Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy Optimization",
     year=2025,
     room="probe",
-    source="arXiv:2510.13554, sec. 3: windowed average attention distance (WAAD), W = 10, for each head rather than the mean of local heads",
+    source=(
+        "arXiv:2510.13554, sec. 3: windowed average attention distance (WAAD), W = 10, for each head rather than the mean of "
+        "local heads"
+    ),
 )
 PLANTED = Planted("sink", at_least=9.0)
 

@@ -38,7 +38,7 @@ def bits(subject: Subject, plan: Plan, task: Perplexity, text: str | None) -> fl
     """Bits per byte under a plan, or nats per token where there is no tokenizer to count bytes with."""
     with plan(subject):
         metrics = task.run(subject, text, _silent)
-    return float(metrics.get("bits_per_byte", metrics["loss"]))
+    return float(metrics["bits_per_byte"] if "bits_per_byte" in metrics else metrics["loss"])
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,13 @@ class Causality:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"heads": list(self.heads), "base": self.base, "closed": self.chosen, "random": list(self.random), "random_median": self.random_median}
+        return {
+            "heads": list(self.heads),
+            "base": self.base,
+            "closed": self.chosen,
+            "random": list(self.random),
+            "random_median": self.random_median,
+        }
 
 
 def retrieval_causality(
@@ -113,14 +119,23 @@ class PruningCurve:
             "greedy": list(self.greedy),
             "random": [list(order) for order in self.random],
             "removable": {name: self.removable(rise, self.greedy) for name, rise in rises.items()},
-            "removable_random": {name: median(self.removable(rise, order) for order in self.random) for name, rise in rises.items()},
+            "removable_random": {
+                name: median(self.removable(rise, order) for order in self.random) for name, rise in rises.items()
+            },
         }
 
 
 def pruning_curve(
-    subject: Subject, importance: HeadTable, *, counts: Sequence[int] | None = None, orders: int = 2, task: Perplexity | None = None,
-    text: str | None = None, seed: int = 0, show_progress: bool = True,
-) -> PruningCurve:  # fmt: skip
+    subject: Subject,
+    importance: HeadTable,
+    *,
+    counts: Sequence[int] | None = None,
+    orders: int = 2,
+    task: Perplexity | None = None,
+    text: str | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> PruningCurve:
     """Closes 0, 1, 2, ... heads in the order of importance, and in `orders` random orders."""
     task = task or Perplexity(rows=2, length=min(subject.max_length, 512))
     heads = importance.heads()
@@ -139,7 +154,9 @@ def pruning_curve(
         base = value(heads - heads)
         greedy = (base, *(value(importance.bottom(count)) for count in counts[1:]))
         shuffled = [_random_order(heads, seed + i) for i in range(orders)]
-        random = tuple((base, *(value(Heads.of(order[:count], heads.shape, heads.stack)) for count in counts[1:])) for order in shuffled)
+        random = tuple(
+            (base, *(value(Heads.of(order[:count], heads.shape, heads.stack)) for count in counts[1:])) for order in shuffled
+        )
     return PruningCurve(importance.name, tuple(counts), greedy, random)
 
 

@@ -56,7 +56,11 @@ class Scan:
         """What heads.json holds: the main stack at the top, the others below "stacks"."""
         stack = self.subject.main
         others = {
-            name: {"num_layers": s.shape[0], "num_heads": s.shape[1], "probes": {n: t.rows() for n, t in self.measurement.of(name).items()}}
+            name: {
+                "num_layers": s.shape[0],
+                "num_heads": s.shape[1],
+                "probes": {n: t.rows() for n, t in self.measurement.of(name).items()},
+            }
             for name, s in self.subject.layout.stacks.items()
             if name != stack.name
         }
@@ -126,7 +130,9 @@ def scan(
     subject = as_subject(model, tokenizer)
     if text is not None:
         subject.encode(text)  # an empty or unreadable text is an error now, not after minutes
-    chosen = [p if isinstance(p, Probe) else registry.load("probe", p)() for p in (registry.names("probe") if probes is None else probes)]
+    chosen = [
+        p if isinstance(p, Probe) else registry.load("probe", p)() for p in (registry.names("probe") if probes is None else probes)
+    ]
     folder = None if out is None else Path(out)
     parts = _parts(folder, _fingerprint(subject, chosen, text, inputs, seed, draws))
     material = Material(subject, text, inputs, seed)
@@ -186,12 +192,16 @@ def _experiments(
     if 0 < retrieval.count() < subject.main.exists().count():
         made = parts(
             "causality",
-            lambda: experiments.retrieval_causality(subject, retrieval, draws=draws, text=text, seed=seed, show_progress=show_progress).to_dict(),
+            lambda: experiments.retrieval_causality(
+                subject, retrieval, draws=draws, text=text, seed=seed, show_progress=show_progress
+            ).to_dict(),
         )
         result.causality = experiments.Causality(tuple(made["heads"]), made["base"], made["closed"], tuple(made["random"]))
     found.insert(0, findings.retrieval_finding(tables["retrieval"], result.causality))
     context = subject.max_length
-    plan = duo(subject, tables["duo_gate"], sink=min(64, max(4, context // 32)), recent=min(256, max(8, context // 8)), show_progress=False)
+    plan = duo(
+        subject, tables["duo_gate"], sink=min(64, max(4, context // 32)), recent=min(256, max(8, context // 8)), show_progress=False
+    )
     made = parts("plan", lambda: evaluate(subject, plan, text=text, show_progress=show_progress).to_dict())
     result.plan, result.evaluation = plan, Evaluation(subject.name, made["without"], made["with"], made["skipped"])
     random = []
@@ -203,20 +213,38 @@ def _experiments(
     if "ablation_importance" in tables:
         made = parts(
             "pruning",
-            lambda: experiments.pruning_curve(subject, tables["ablation_importance"], text=text, seed=seed, show_progress=show_progress).to_dict(),
+            lambda: experiments.pruning_curve(
+                subject, tables["ablation_importance"], text=text, seed=seed, show_progress=show_progress
+            ).to_dict(),
         )
-        result.curve = experiments.PruningCurve(made["by"], tuple(made["counts"]), tuple(made["greedy"]), tuple(map(tuple, made["random"])))
+        result.curve = experiments.PruningCurve(
+            made["by"], tuple(made["counts"]), tuple(made["greedy"]), tuple(map(tuple, made["random"]))
+        )
         unit = "the text's bits per byte" if subject.tokenizer is not None else "the loss"
         found.insert(2, findings.pruning_finding(result.curve, unit))
 
 
-def _fingerprint(subject: Subject, probes: list[Probe], text: str | None, inputs: Mapping[str, Any] | None, seed: int, draws: int) -> str:
+def _fingerprint(
+    subject: Subject, probes: list[Probe], text: str | None, inputs: Mapping[str, Any] | None, seed: int, draws: int
+) -> str:
     """Tells scans apart whose parts must not be mixed."""
     weights = [float(p.detach().float().sum()) for p in list(subject.model.parameters())[:4]]
     count = sum(p.numel() for p in subject.model.parameters())
     shapes = {k: (tuple(v.shape), float(v.float().sum())) for k, v in (inputs or {}).items() if isinstance(v, torch.Tensor)}
     geometry = {name: stack.geometry() for name, stack in subject.layout.stacks.items()}
-    what = [__version__, subject.name, geometry, weights, count, str(subject.model.dtype), [repr(p) for p in probes], text, shapes, seed, draws]
+    what = [
+        __version__,
+        subject.name,
+        geometry,
+        weights,
+        count,
+        str(subject.model.dtype),
+        [repr(p) for p in probes],
+        text,
+        shapes,
+        seed,
+        draws,
+    ]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 
 

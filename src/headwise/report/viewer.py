@@ -36,7 +36,9 @@ def capture_view(subject: Subject, stack_name: str | None = None, text: str | No
     heads = stack.exists().count()
     room = int(math.sqrt(BYTES * (2 if stack.causal else 1) / heads))
     tokens = max(8, min(tokens, room, subject.max_length))
-    reads_text = subject.tokenizer is not None and "input_ids" in subject.forward_names and stack.name in (subject.main.name, "encoder")
+    reads_text = (
+        subject.tokenizer is not None and "input_ids" in subject.forward_names and stack.name in (subject.main.name, "encoder")
+    )
     if reads_text and not subject.layout.encoder_decoder:
         ids = (list(subject.begin) + subject.encode(text or TEXT))[:tokens]
         given = {**any_inputs(subject, None, 1, len(ids)), "input_ids": torch.tensor([ids], device=subject.device)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..card import Card
-from ..models.cache import cache_bytes
+from ..models.cache import cache_bytes, cache_of
 from ..models.inputs import text_ids
 from ..models.subject import Subject
 from ._task import Advance, Metrics, Task
@@ -16,7 +16,10 @@ CARD = Card(
     paper="DuoAttention: Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
     year=2024,
     room="bench",
-    source="arXiv:2410.10819, sec. 4: memory of keys and values; here the bytes that the cache's tensors really occupy after a prompt",
+    source=(
+        "arXiv:2410.10819, sec. 4: memory of keys and values; here the bytes that the cache's tensors really occupy after a "
+        "prompt"
+    ),
 )
 
 
@@ -32,7 +35,7 @@ class KvBytes(Task):
         ids = text_ids(subject, text)
         ids = (list(subject.begin) + ids * -(-length // len(ids)))[:length]
         with torch.no_grad():
-            cache = subject.model(input_ids=torch.tensor([ids], device=subject.device), use_cache=True).past_key_values
+            out = subject.model(input_ids=torch.tensor([ids], device=subject.device), use_cache=True)
         advance(1)
-        size = cache_bytes(cache)
+        size = cache_bytes(cache_of(out))
         return {"kv_bytes": size, "kv_bytes_per_token": size / length, "kv_tokens": length}

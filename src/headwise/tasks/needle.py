@@ -18,8 +18,8 @@ CARD = Card(
     year=2024,
     room="bench",
     source=(
-        "arXiv:2404.06654, multi-key needles: one fact asked among like facts, in running text. A password of five common words; exact "
-        "recall is every token of it right, which under teacher forcing is the same as greedy decoding of the whole"
+        "arXiv:2404.06654, multi-key needles: one fact asked among like facts, in running text. A password of five common words; "
+        "exact recall is every token of it right, which under teacher forcing is the same as greedy decoding of the whole"
     ),
 )
 MINIMUM = 256  # tokens that a needle with its distractors needs

@@ -47,7 +47,9 @@ class Perplexity(Task):
         nats, tokens, size = 0.0, 0, 0
         offsets, source = None, zoo.heldout_text() if text is None else text
         if subject.tokenizer is not None and subject.tokenizer.is_fast:
-            offsets = subject.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            offsets = subject.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
         for start, stop in windows:
             row = torch.tensor([begin + ids[start:stop]], device=subject.device)
             with torch.no_grad():

@@ -108,7 +108,8 @@ def _kind_of(value: Any, name: str) -> str:
     if inspect.isfunction(value):
         return "recipe"
     raise RegistryError(
-        f"{name} is a {type(value).__name__}; checked can be subclasses of Stage, Probe and Task, and recipes (functions that make a Plan)"
+        f"{name} is a {type(value).__name__}; "
+        "checked can be subclasses of Stage, Probe and Task, and recipes (functions that make a Plan)"
     )
 
 
@@ -122,7 +123,9 @@ def check(item: Item) -> Iterator[Result]:
             function(item)
         except Exception as error:  # a crash in the item is a finding about the item
             message = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error} ({_where(error)})"
-            yield Result(item.kind, item.name, name, "exempt" if reason else "failed", f"{reason}: {message}" if reason else message)
+            yield Result(
+                item.kind, item.name, name, "exempt" if reason else "failed", f"{reason}: {message}" if reason else message
+            )
         else:
             expired = f"passes now, so its exemption must go ({reason})" if reason else ""
             yield Result(item.kind, item.name, name, "expired" if reason else "passed", expired)

@@ -7,6 +7,7 @@ answers needles, and without that head it does not.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +18,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..models.cache import CACHE_NAMES
+
 CODE = 256  # size of a token's and of a position's code
 SHARPNESS = 80.0
 ROLES = (("previous", "duplicate", "uniform", "local"), ("induction", "sink", "offset", "anchor"))
 OFFSET, LOCAL, ANCHOR = 7, 8, 20
+NO_CACHE = {name: None for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters}
 
 
 class PlantedConfig(PreTrainedConfig):
@@ -148,7 +152,7 @@ class PlantedModel(PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """Logits (b, n, vocabulary): sharp where the induction head has found something to copy."""
         tokens, places = self.codes[input_ids], self.places[: input_ids.shape[1]]
-        mask = create_causal_mask(config=self.config, inputs_embeds=tokens, attention_mask=attention_mask, past_key_values=None)
+        mask = create_causal_mask(config=self.config, inputs_embeds=tokens, attention_mask=attention_mask, **NO_CACHE)
         idle = torch.ones(*input_ids.shape, 16, dtype=tokens.dtype, device=tokens.device)
         hidden = torch.cat([torch.zeros_like(tokens), idle], -1)
         for layer in self.layers:

@@ -15,7 +15,12 @@ from ..types import HeadTable
 from ._check import Item, require
 from .planted import ROLES, PlantedConfig, PlantedModel
 
-RANGES = {"probability": (0.0, 1.0), "share of sequences": (0.0, 1.0), "share of needle tokens": (0.0, 1.0), "tokens": (0.0, torch.inf)}
+RANGES = {
+    "probability": (0.0, 1.0),
+    "share of sequences": (0.0, 1.0),
+    "share of needle tokens": (0.0, 1.0),
+    "tokens": (0.0, torch.inf),
+}
 
 
 @lru_cache(maxsize=2)
@@ -62,7 +67,9 @@ def check_planted(item: Item) -> None:
         return
     require(own > rest, f"the planted {planted.role} head has {value:.4g}, another has {rest:.4g}")
     if planted.others_at_most is not None:
-        require(rest <= planted.others_at_most, f"a head without the role has {rest:.4g}, at most {planted.others_at_most:g} was due")
+        require(
+            rest <= planted.others_at_most, f"a head without the role has {rest:.4g}, at most {planted.others_at_most:g} was due"
+        )
 
 
 def check_range(item: Item) -> None:
@@ -71,8 +78,13 @@ def check_range(item: Item) -> None:
     require(bool(table.values.isfinite().all()), "values are missing or not finite")
     low, high = RANGES.get(table.unit, (-torch.inf, torch.inf))
     inside = bool((table.values >= low - 1e-6).all() and (table.values <= high + 1e-6).all())
-    require(inside, f"values from {float(table.values.min()):.4g} to {float(table.values.max()):.4g} {table.unit} leave [{low}, {high}]")
-    require(table.name == item.name or not item.module.__name__.startswith("headwise."), f"the table is named {table.name!r}, not {item.name!r}")
+    require(
+        inside, f"values from {float(table.values.min()):.4g} to {float(table.values.max()):.4g} {table.unit} leave [{low}, {high}]"
+    )
+    require(
+        table.name == item.name or not item.module.__name__.startswith("headwise."),
+        f"the table is named {table.name!r}, not {item.name!r}",
+    )
 
 
 def check_repeatable(item: Item) -> None:

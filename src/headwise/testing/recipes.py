@@ -50,7 +50,12 @@ def _logits(subject: Subject, ids: Tensor, **options: Any) -> Tensor:
 def _generate(subject: Subject, ids: Tensor, **options: Any) -> Tensor:
     with torch.no_grad():
         return subject.model.generate(
-            ids, **{"attention_mask": torch.ones_like(ids), **options}, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=2
+            ids,
+            **{"attention_mask": torch.ones_like(ids), **options},
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            do_sample=False,
+            pad_token_id=2,
         )  # type: ignore[no-any-return]
 
 

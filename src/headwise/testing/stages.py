@@ -19,7 +19,9 @@ from ._check import Item, require
 B, H, N, D = 2, 4, 9, 6
 
 
-def _tensors(seed: int = 0, n: int = N, m: int = N, kv: int = H, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, ...]:
+def _tensors(
+    seed: int = 0, n: int = N, m: int = N, kv: int = H, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((B, H, n, D), (B, kv, m, D), (B, kv, m, D))
     q, k, v = (scale * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
@@ -137,7 +139,9 @@ def check_decode(item: Item) -> None:
             parts = [_read(stage, q[:, :, i : i + size], k[:, :, : i + size], v[:, :, : i + size]) for i in range(0, N, size)]
             difference = (torch.cat(parts, 2) - whole).abs().amax((0, 1, 3))
             wrong = (difference > 1e-12).nonzero().flatten().tolist()
-            require(not wrong, f"{stage}: decoding {size} at a time differs from the full pass from token {wrong[0] if wrong else ''}")
+            require(
+                not wrong, f"{stage}: decoding {size} at a time differs from the full pass from token {wrong[0] if wrong else ''}"
+            )
 
 
 def check_batch(item: Item) -> None:
@@ -200,9 +204,8 @@ def check_neutral(item: Item) -> None:
 def check_half_precision(item: Item) -> None:
     """bfloat16 is at most twice as far from float64 as PyTorch's own attention is."""
     for stage in _examples(item):
-        exact = _tensors(n=32, m=32, seed=3)
-        low = [t.bfloat16() for t in exact]
-        exact = tuple(t.double() for t in low)
+        q, k, v = (t.bfloat16() for t in _tensors(n=32, m=32, seed=3))
+        low, exact = (q, k, v), (q.double(), k.double(), v.double())
         base = float((attend(*low, Causal(), backend="sdpa").double() - attend(*exact, Causal())).abs().max())
         error = float((_read(stage, *low).double() - _read(stage, *exact)).abs().max())
         size = max(1.0, float(_read(stage, *exact).abs().max()) / float(attend(*exact, Causal()).abs().max()))

@@ -20,9 +20,10 @@ CARD = Card(
     year=2024,
     room="cache",
     source=(
-        "arXiv:2410.10819; sinks 64 and recent 256 as deployed. Heads are chosen by the duo_gate probe, the gradient of the paper's gates, "
-        "above a share of the largest rather than by a quantile of trained gates. Streaming heads are masked in the prompt too, as in the "
-        "paper's training; the authors' code lets all heads read a first prompt in full. `recent` counts the token being read"
+        "arXiv:2410.10819; sinks 64 and recent 256 as deployed. Heads are chosen by the duo_gate probe, the gradient of the "
+        "paper's gates, above a share of the largest rather than by a quantile of trained gates. Streaming heads are masked in "
+        "the prompt too, as in the paper's training; the authors' code lets all heads read a first prompt in full. `recent` "
+        "counts the token being read"
     ),
     status="deployment, with heads chosen by gate gradients; the paper's training of gates is not here",
 )

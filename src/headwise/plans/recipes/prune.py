@@ -19,7 +19,10 @@ CARD = Card(
     paper="Are Sixteen Heads Really Better than One?",
     year=2019,
     room="convert",
-    source="arXiv:1905.10650, sec. 4: one-shot order by importance. By exact ablation unless a table is given; gates, not yet removed weights",
+    source=(
+        "arXiv:1905.10650, sec. 4: one-shot order by importance. By exact ablation unless a table is given; gates, not yet "
+        "removed weights"
+    ),
     status="gates of a greedy order; weights are not removed from the checkpoint yet",
 )
 
