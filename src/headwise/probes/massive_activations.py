@@ -29,7 +29,7 @@ CARD = Card(
     ),
     status="detection and attention to the tokens; the paper's interventions and explicit key-value biases are not here",
 )
-PLANTED = Planted("sink", at_least=0.99, massive=1e5)
+PLANTED = Planted("sink", at_least=0.99, others_at_most=0.1, massive=1e5)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..models.cache import CACHE_NAMES
 
 CODE = 256  # size of a token's and of a position's code
+IDLE = 2 * CODE  # channels of the residual stream that hold ones, more than half, so that its median magnitude is one
 SHARPNESS = 80.0
 ROLES = (("previous", "duplicate", "uniform", "local"), ("induction", "sink", "offset", "anchor"))
 OFFSET, LOCAL, ANCHOR = 7, 8, 20
@@ -36,7 +37,7 @@ class PlantedConfig(PreTrainedConfig):
         self.roles = [list(layer) for layer in roles]
         self.massive = massive  # added to one channel of the first token after the first layer
         self.vocab_size = 4096
-        self.hidden_size = 16
+        self.hidden_size = CODE + IDLE
         self.num_hidden_layers = len(self.roles)
         self.num_attention_heads = self.num_key_value_heads = len(self.roles[0])
         self.head_dim = 2 * CODE
@@ -153,7 +154,7 @@ class PlantedModel(PreTrainedModel):
         """Logits (b, n, vocabulary): sharp where the induction head has found something to copy."""
         tokens, places = self.codes[input_ids], self.places[: input_ids.shape[1]]
         mask = create_causal_mask(config=self.config, inputs_embeds=tokens, attention_mask=attention_mask, **NO_CACHE)
-        idle = torch.ones(*input_ids.shape, 16, dtype=tokens.dtype, device=tokens.device)
+        idle = torch.ones(*input_ids.shape, IDLE, dtype=tokens.dtype, device=tokens.device)
         hidden = torch.cat([torch.zeros_like(tokens), idle], -1)
         for layer in self.layers:
             hidden = layer(hidden, tokens, places, mask)
