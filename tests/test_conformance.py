@@ -53,7 +53,8 @@ def test_cards(item):
 
 
 def test_the_inventory_is_checked_whole():
-    assert {(item.kind, item.name) for item in ITEMS} == {(kind, name) for kind in registry.kinds() for name in registry.names(kind)}
+    registered = {(kind, name) for kind in registry.kinds() for name in registry.names(kind)}
+    assert {(item.kind, item.name) for item in ITEMS} == registered
     assert all(len(checks_for(kind)) >= 2 for kind in registry.kinds())
     assert all(function.__doc__ for kind in registry.kinds() for function in checks_for(kind))
 

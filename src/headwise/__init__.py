@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .plans.recipes.prune import prune
     from .plans.recipes.streaming import streaming
     from .probes import Measurement, Probe, measure, probe
-    from .report import Scan, scan
+    from .report.scan import Scan, scan
     from .stages.alibi import Alibi
     from .stages.causal import Causal
     from .stages.documents import Documents
@@ -49,14 +49,20 @@ _PLACES = {
     "attend": "attention", "attention_weights": "attention", "explain": "attention", "statistics": "attention",
     "HeadwiseError": "errors", "capture": "models.capture", "Subject": "models.subject", "open_model": "models.subject",
     "Plan": "plans", "duo": "plans.recipes.duo", "prune": "plans.recipes.prune", "streaming": "plans.recipes.streaming",
-    "Measurement": "probes", "Probe": "probes", "measure": "probes", "probe": "probes", "Scan": "report", "scan": "report",
-    "Alibi": "stages.alibi", "Causal": "stages.causal", "Documents": "stages.documents", "Gate": "stages.gate", "IdentityMix": "stages.identity_mix",
-    "KeyBias": "stages.key_bias", "Offset": "stages.offset", "Sink": "stages.sink", "SinkLogit": "stages.sink_logit",
-    "Softcap": "stages.softcap", "Temperature": "stages.temperature", "Uniform": "stages.uniform", "Window": "stages.window",
-    "Evaluation": "tasks", "Task": "tasks", "evaluate": "tasks",
+    "Measurement": "probes", "Probe": "probes", "measure": "probes", "probe": "probes",
+    "Scan": "report.scan", "scan": "report.scan",
+    "Alibi": "stages.alibi", "Causal": "stages.causal", "Documents": "stages.documents", "Gate": "stages.gate",
+    "IdentityMix": "stages.identity_mix", "KeyBias": "stages.key_bias", "Offset": "stages.offset", "Sink": "stages.sink",
+    "SinkLogit": "stages.sink_logit", "Softcap": "stages.softcap", "Temperature": "stages.temperature", "Uniform": "stages.uniform",
+    "Window": "stages.window", "Evaluation": "tasks", "Task": "tasks", "evaluate": "tasks",
     "Heads": "types", "HeadTable": "types", "Spans": "types", "Statistics": "types",
 }  # fmt: skip
-__all__ = ["__version__", *sorted(_PLACES)]
+__all__ = [
+    "Alibi", "Causal", "Documents", "Evaluation", "Gate", "HeadTable", "Heads", "HeadwiseError", "IdentityMix", "KeyBias",
+    "Measurement", "Offset", "Plan", "Probe", "Scan", "Sink", "SinkLogit", "Softcap", "Spans", "Statistics", "Subject",
+    "Task", "Temperature", "Uniform", "Window", "__version__", "attend", "attention_weights", "capture", "duo", "evaluate",
+    "explain", "measure", "open_model", "probe", "prune", "scan", "statistics", "streaming",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,15 @@ from ..attention.stage import Block, Mask, Pattern, documents_at
 from ..card import Card
 
 CARD = Card(
-    paper="Efficient Sequence Packing without Cross-contamination: Accelerating Large Language Models without Impacting Performance",
+    paper=(
+        "Efficient Sequence Packing without Cross-contamination: Accelerating Large Language Models without Impacting Performance"
+    ),
     year=2021,
     room="softmax",
-    source="arXiv:2107.02027, sec. 3.2: block-diagonal masks for packed sequences; here by document ids, so that documents may interleave",
+    source=(
+        "arXiv:2107.02027, sec. 3.2: block-diagonal masks for packed sequences; here by document ids, so that documents may "
+        "interleave"
+    ),
 )
 
 

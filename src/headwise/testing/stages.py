@@ -36,8 +36,17 @@ def _examples(item: Item) -> Iterator[Stage]:
     return iter(examples)
 
 
-def _read(stage: Stage, *tensors: Tensor, **options: Any) -> Tensor:
-    return attend(*tensors, Causal(), stage, **options)  # type: ignore[arg-type]
+def _read(
+    stage: Stage,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    backend: str | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    return attend(q, k, v, Causal(), stage, backend=backend, query_positions=query_positions, key_positions=key_positions)
 
 
 def _gradients(of: Tensor, to: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
