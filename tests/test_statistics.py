@@ -61,7 +61,8 @@ def expected(q, k, stages, want, **places):
     result = {
         "entropy": -torch.xlogy(p, p).sum(-1), "max": p.amax(-1), "distance": (p * d).sum(-1), "distance2": (p * d * d).sum(-1),
         "square": (p * p).sum(-1), "sink": (p * ((kq >= 0) & (kq < 3))).sum(-1), "inner": (p * ((kq >= 2) & (kq < 5))).sum(-1),
-        "recent": (p * (d < 7)).sum(-1), "local": (p * ((d < 5) | ((kq >= 0) & (kq < 2)))).sum(-1), "near": (p * d.clamp(max=6)).sum(-1),
+        "recent": (p * (d < want["recent"].window)).sum(-1), "near": (p * d.clamp(max=want["near"].window)).sum(-1),
+        "local": (p * ((d < want["local"].window) | ((kq >= 0) & (kq < want["local"].sink)))).sum(-1),
         "segments": torch.stack([(p * (want["segments"].segments == i)[:, None, None]).sum(-1) for i in range(5)], -1),
         "spans": torch.stack([(p * span).sum(-1) for span in want["spans"].spans], -1),
         "received": p.sum(2), "group": p.sum(2).view(b, k.shape[1], -1, m).sum(2),
@@ -139,12 +140,17 @@ def test_the_kernel_at_many_tiles(kernel_tile, stages, monkeypatch):
     monkeypatch.setattr(kernel, "row_tile", lambda *_: kernel_tile)
     monkeypatch.setattr(kernel, "column_tile", lambda *_: kernel_tile)
     n, m = 130, 163
-    q, k, _ = made(n, m, kv=1, d=24, b=1, h=2)
-    want = wanted(n, m, b=1)
+    q, k, v = made(n, m, kv=1, d=24, b=1, h=2)
+    want = wanted(n, m, b=1) | {"recent": RecentMass(50), "local": LocalMass(3, 50), "near": Distance(20)}
     for name in ("top", "inner", "segments", "at", "group"):
         want.pop(name)
-    result, p = expected(q, k, stages, want | wanted(n, m, b=1))
-    assert_same(statistics(q, k, *stages, want=want, backend="kernel"), {name: result[name] for name in want if name in result}, p, 5e-6)
+    result, p = expected(q, k, stages, wanted(n, m, b=1) | want)
+    result = {name: result[name] for name in want if name in result}
+    assert_same(statistics(q, k, *stages, want=want, backend="kernel"), result, p, 5e-6)
+    if kernel_tile.classes == 1:
+        out, got = attend(q, k, v, *stages, statistics=want, backend="kernel")
+        assert_same(got, result, p, 5e-6)
+        assert float((out - p @ v.double().repeat_interleave(2, 1)).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [Softcap(2.0), SinkLogit(torch.linspace(-1, 1, H)), SinkLogit(torch.zeros(1))])

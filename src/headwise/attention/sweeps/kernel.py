@@ -63,6 +63,8 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
         return "it knows masks, a softcap and a sink logit, no other stage"
     if read.normalizer is not None and read.normalizer.extra_logit() is None:
         return f"{type(read.normalizer).__name__} is no softmax"
+    if read.scale <= 0:
+        return f"a scale of {read.scale:g} turns the order of scores around"
     if read.mask is not None and read.mask.pattern() is None:
         return "the mask has no simple form"
     if not isinstance(statistic, ROW_KINDS + LATER_KINDS):
@@ -72,31 +74,36 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: rows and keys of a tile, columns of its row sums, warps, and loads in flight."""
+    """How a kernel is cut: rows and keys of a tile, columns of its row sums, warps, loads in flight, and registers at most."""
 
     m: int
     n: int
     classes: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
-def row_tile(d: int, bits: int, known: bool, output: bool) -> Tile:
-    """Tiles of the row kernel, measured on Hopper (see benchmarks/)."""
+def row_tile(d: int, bits: int, output: bool) -> Tile:
+    """Tiles of the row kernel, measured on Hopper (see benchmarks/): registers are capped so that three programs fit a processor."""
+    classes = 1 if output else 8
     if bits == 32:
-        return Tile(64, 32, 1 if output else 8, 4, 2) if d <= 128 else Tile(32, 32, 1 if output else 8, 4, 1)
-    if output:
-        return Tile(128, 64, 1, 8 if d > 128 else 4, 2 if d > 128 else 3)
-    if d <= 128:
-        return Tile(128, 128, 8, 8, 2)
-    return Tile(128, 64, 8, 8, 2)
+        return Tile(64, 32, classes, 4, 2) if d <= 128 else Tile(32, 32, classes, 4, 1)
+    if d > 128:
+        return Tile(128, 64, classes, 8, 2)
+    return Tile(128, 128, 1, 8, 3) if output else Tile(128, 64, 8, 4, 2, 168)
 
 
 def column_tile(d: int, bits: int) -> Tile:
     """Tiles of the column kernel (m queries, n keys)."""
     if bits == 32:
         return Tile(32, 64, 8, 4, 2) if d <= 128 else Tile(32, 32, 8, 4, 1)
-    return Tile(128, 128, 8, 8, 2) if d <= 128 else Tile(64, 128, 8, 8, 2)
+    return Tile(64, 128, 8, 4, 2) if d <= 128 else Tile(64, 128, 8, 8, 2)
 
 
 @dataclass(eq=False)
@@ -186,18 +193,18 @@ def _power(size: int) -> int:
 
 
 def rows(
-    a: Arguments, want: frozenset[str], *, first: int = 0, recent: int = 1, near: int = 1, lse: Tensor | None = None, v: Tensor | None = None,
+    a: Arguments, want: frozenset[str], *, first: int = 0, recent: int = 1, near: int = 1, v: Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:  # fmt: skip
     """Sums of rows, {slot: (b, h, n)} with "LSE" always there; and the output where values are given.
 
-    first, recent, near: what FIRST, RECENT, LOCAL and NEAR count as such. lse: (b, h, n) float32, if known.
+    first, recent, near: what FIRST, RECENT, LOCAL and NEAR count as such.
     """
     from ..kernels.rows import rows_kernel
 
     heads, kv_heads, n, m, d = a.dimensions()
     b, bits = a.q.shape[0], a.q.dtype.itemsize * 8
-    cut = tile or row_tile(d, bits, lse is not None, v is not None)
+    cut = tile or row_tile(d, bits, v is not None)
     blocks = -(-n // cut.m) * b * heads
     splits = 1 if v is not None else max(1, min(-(-m // cut.n), ROWS_IN_FLIGHT // blocks)) if blocks < ROWS_IN_FLIGHT // 8 else 1
     slots = 1 + len(SLOTS)
@@ -206,49 +213,41 @@ def rows(
     value = v.expand(b, -1, -1, -1) if v is not None else a.k
     docs, places = a.pair(a.documents), a.pair(a.places)
     rows_kernel[(blocks, splits)](
-        a.q, a.k, value, lse if lse is not None else stats, out if out is not None else stats, stats, *places, *docs,
+        a.q, a.k, value, out if out is not None else stats, stats, *places, *docs,
         a.logit if a.logit is not None else stats,
         *a.q.stride()[:3], *a.k.stride()[:3], *value.stride()[:3], b * heads * n,
         places[0].stride(0), places[1].stride(0), docs[0].stride(0), docs[1].stride(0),
         heads, kv_heads, n, m, d, value.shape[-1], a.scale, *a.window, first, recent, near,
-        **a.constants, LOGIT=a.logit is not None and lse is None, KNOWN=lse is not None, OUTPUT=v is not None,
+        **a.constants, LOGIT=a.logit is not None, OUTPUT=v is not None,
         **{slot: slot in want for slot in SLOTS},
         M=cut.m, N=cut.n, BLOCK_D=_power(d), BLOCK_DV=_power(value.shape[-1]), WHOLE_D=_power(d) == d, CLASSES=cut.classes,
-        EXACT=bits == 32, SPLITS=splits, STAGES=cut.stages, num_warps=cut.warps,
+        EXACT=bits == 32, SPLITS=splits, STAGES=cut.stages, HALVES=2 if cut.n >= 32 else 1,
+        **cut.launch,
     )  # fmt: skip
-    found = stats[0] if splits == 1 else _merge(stats, a.logit if lse is None else None, lse)
+    found = stats[0] if splits == 1 else _merge(stats, a.logit)
     return out, {name: found[i] for i, name in enumerate(("LSE", *SLOTS)) if name == "LSE" or name in want}
 
 
-def _merge(parts: Tensor, logit: Tensor | None, lse: Tensor | None) -> Tensor:
+def _merge(parts: Tensor, logit: Tensor | None) -> Tensor:
     """(splits, slots, b, h, n) raw sums of shares of the keys -> (slots, b, h, n) statistics."""
-    tops, sums = parts[:, 0], parts[:, 1:].double()
-    log2e, top = 1.4426950408889634, tops.amax(0)
-    if lse is None:
-        fall = (tops - top).clamp(min=-1e30).double()
-        scale = fall.exp2()
-        sums[:, 1] += fall * sums[:, 0]
-        sums[:, 4] *= scale
-        total, mean_z, *others = (sums * scale[:, None]).sum(0)
-    else:
-        total, mean_z, *others = sums.sum(0)
-    some = total > 0
-    if lse is not None:
-        log_total, inverse = lse.double() * log2e, some.double()
-        entropy = -mean_z
-    else:
-        whole, peak = total, top.double()
-        if logit is not None:
-            extra = logit.double()[:, None] * log2e
-            peak = torch.maximum(peak, extra)
-            whole = total * (top - peak).exp2() + (extra - peak).exp2()
-        log_total = torch.where(some, whole.log2() + peak, -torch.inf)
-        inverse = torch.where(some, (top - log_total).exp2(), 0.0)
-        entropy = (total * (log_total - top) - mean_z) * inverse
-    found = [log_total / log2e, (top - log_total).exp2(), entropy.clamp(min=0.0) / log2e]
+    tops, sums, log2e = parts[:, 0], parts[:, 1:].double(), 1.4426950408889634
+    top = tops.amax(0)
+    fall = (tops - top).clamp(min=-1e30).double()
+    scale = fall.exp2()
+    sums[:, 1] += fall * sums[:, 0]
+    sums[:, 4] *= scale
+    total, mean_z, *others = (sums * scale[:, None]).sum(0)
+    some, whole, peak = total > 0, total, top.double()
+    if logit is not None:
+        extra = logit.double()[:, None] * log2e
+        peak = torch.maximum(peak, extra)
+        whole = total * (top - peak).exp2() + (extra - peak).exp2()
+    log_total = torch.where(some, whole.log2() + peak, -torch.inf)
+    inverse = torch.where(some, (top - log_total).exp2(), 0.0)
+    entropy = (total * (log_total - top) - mean_z) * inverse
+    found = [log_total / log2e, inverse, entropy.clamp(min=0.0) / log2e]
     found += [other * (inverse * inverse if i == 2 else inverse) for i, other in enumerate(others)]
-    found = [torch.where(some, value, -torch.inf if i == 0 else 0.0) for i, value in enumerate(found)]
-    return torch.stack(found).float()
+    return torch.stack([torch.where(some, value, -torch.inf if i == 0 else 0.0) for i, value in enumerate(found)]).float()
 
 
 def columns(
@@ -272,8 +271,7 @@ def columns(
         *a.q.stride()[:3], *a.k.stride()[:3], places[0].stride(0), places[1].stride(0), docs[0].stride(0), docs[1].stride(0), counted.stride(0),
         heads, kv_heads, n, m, d, a.scale, *a.window, near, far, start, stop,
         **a.constants, HORIZON=horizon is not None, COUNTED=count is not None, PER_KV=per_key_value_head,
-        M=cut.m, N=cut.n, BLOCK_D=_power(d), WHOLE_D=_power(d) == d, CLASSES=cut.classes, EXACT=bits == 32, STAGES=cut.stages,
-        num_warps=cut.warps,
+        M=cut.m, N=cut.n, BLOCK_D=_power(d), WHOLE_D=_power(d) == d, CLASSES=cut.classes, EXACT=bits == 32, STAGES=cut.stages, **cut.launch,
     )  # fmt: skip
     return out
 
@@ -365,46 +363,21 @@ def run(read: Read, x: Operands, statistics: Sequence[Statistic], output: bool) 
             if call is None:
                 calls.append(call := _Call({slot}, dict(given)))
             terms[-1].append((sign, slot, call))
-    out, lse = fused_output(a, x) if output else (None, None)
-    if lse is None and not calls:
+    if not calls:
         calls.append(_Call())
+    out: Tensor | None = None
     found: dict[int, dict[str, Tensor]] = {}
     for call in calls:
-        if lse is not None and call.want <= {"LSE"}:
-            found[id(call)] = {"LSE": lse}
-            continue
         values = _readable(x.v.detach()) if output and out is None and x.v is not None else None
-        made, slots = rows(a, frozenset(call.want), **call.given, lse=lse, v=values)
+        made, found[id(call)] = rows(a, frozenset(call.want), **call.given, v=values)
         out = made.to(x.q.dtype) if made is not None else out
-        lse = slots["LSE"] if lse is None else lse
-        found[id(call)] = slots | {"LSE": lse}
-    assert lse is not None
+    lse = found[id(calls[0])]["LSE"]
     results = []
     for statistic, parts in zip(statistics, terms, strict=True):
         values_of = [found[id(call)][slot] * sign if sign < 0 else found[id(call)][slot] for sign, slot, call in parts]
         total = _later(statistic, a, lse) if not parts else values_of[0] if len(parts) == 1 else values_of[0] + values_of[1]
         results.append(statistic.finish(total, x))
     return out, results
-
-
-def fused_output(a: Arguments, x: Operands) -> tuple[Tensor | None, Tensor | None]:
-    """PyTorch's cuDNN attention with its log-sum-exps (b, h, n): faster than any kernel of ours; (None, None) where it cannot run.
-
-    A sweep with known log-sum-exps beside it costs less than one sweep that does both (see benchmarks/).
-    """
-    pattern, n, m = a.pattern, x.q.shape[2], x.k.shape[2]
-    plain = a.places is None and a.documents is None and pattern.window is None and not a.softcap and a.logit is None
-    square = n == m if pattern.causal else True
-    half = x.q.dtype in (torch.bfloat16, torch.float16)
-    if x.v is None or x.q.device.type != "cuda" or not (plain and square and half) or n < 128 or x.q.shape[-1] > 128 or x.v.shape[-1] > 128:
-        return None, None
-    try:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            x.q.detach(), x.k.detach(), x.v.detach(), None, True, 0.0, pattern.causal, False, scale=a.scale / 1.4426950408889634
-        )
-    except RuntimeError:  # cuDNN has no plan for these shapes
-        return None, None
-    return out, lse.reshape(x.q.shape[:3]).float()
 
 
 def _later(statistic: Statistic, a: Arguments, lse: Tensor) -> Tensor:
