@@ -75,6 +75,10 @@ def scan(
     probes: Annotated[
         str | None, typer.Option(help="Probes to run, separated by commas. Default: all.", show_default=False)
     ] = None,
+    length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=8, help="Tokens of a row of running text, up to the context. Default: 512.", show_default=False),
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Probes and viewer only: no ablations of sets of heads, no plan.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of random tokens and random controls.")] = 0,
     device: Device = "cpu",
@@ -89,7 +93,7 @@ def scan(
     subject = _open(model, device, dtype, trust_remote_code)
     chosen = _names(probes, "probe")
     try:
-        found = run(subject, out, probes=chosen, text=_read(text), seed=seed, quick=quick, show_progress=not quiet)
+        found = run(subject, out, probes=chosen, text=_read(text), seed=seed, length=length, quick=quick, show_progress=not quiet)
     except KeyboardInterrupt:
         print(f"headwise: interrupted; what was finished is in {out}, and the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None

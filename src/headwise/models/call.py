@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention import attend, attention_weights
 from ..attention import statistics as attend_statistics
-from ..attention.stage import Bias, Block, Mask, Stage
+from ..attention.stage import Stage
 from ..attention.statistic import Statistic
 from ..errors import UnsupportedModelError
 from ..stages.causal import Causal
@@ -19,35 +19,10 @@ from ..stages.sink_logit import SinkLogit
 from ..stages.softcap import Softcap
 from ..types import Statistics
 from .layout import Site
+from .masks import DenseBias, DenseMask, Found, recognise
 
 # Arguments by which a model tells its kernel to read chosen keys only.
 SELECTING = ("indices", "block_indices", "topk_indices")
-
-
-@dataclass(frozen=True, eq=False)
-class DenseMask(Mask):
-    """A mask that the model brings: booleans (b or 1, h or 1, n, m)."""
-
-    table: Tensor
-
-    def visible(self, block: Block) -> Tensor:
-        return self.table[:, :, block.query_index][..., block.key_index]
-
-    def select(self, heads: Any) -> DenseMask:
-        return self if self.table.shape[1] == 1 else DenseMask(self.table[:, list(heads)])
-
-
-@dataclass(frozen=True, eq=False)
-class DenseBias(Bias):
-    """A bias that the model brings: (b or 1, h or 1, n, m)."""
-
-    table: Tensor
-
-    def bias(self, block: Block) -> Tensor:
-        return self.table[:, :, block.query_index][..., block.key_index]
-
-    def select(self, heads: Any) -> DenseBias:
-        return self if self.table.shape[1] == 1 else DenseBias(self.table[:, list(heads)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +50,30 @@ class Reading:
         )  # fmt: skip
 
 
+    def simplified(self, known: Found) -> Reading:
+        """The same reading with a table of the model's said in stages and positions, where that can be: fast sweeps know those."""
+        tables = [stage for stage in self.stages if isinstance(stage, DenseMask)]
+        if len(tables) != 1 or tables[0].table.shape[1] != 1:
+            return self
+        n, m = self.q.shape[2], self.k.shape[2]
+        queries = torch.arange(m - n, m, device=self.q.device) if self.query_positions is None else self.query_positions
+        keys = torch.arange(m, device=self.q.device) if self.key_positions is None else self.key_positions
+        queries, keys = torch.atleast_2d(queries), torch.atleast_2d(keys)
+        found = recognise(tables[0].table[:, 0], queries, keys, self.key_positions is None, known)
+        if found is None:
+            return self
+        stages = (*(stage for stage in self.stages if not isinstance(stage, DenseMask)), *found.stages)
+        if bool(found.there.all()):
+            return replace(self, stages=stages)
+        return replace(self, stages=stages, query_positions=queries, key_positions=torch.where(found.there, keys, -1))
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of one attention module, seen after the fact.
 
     q: (b, h, n, d), k and v: (b, kv, m, d), with rotary positions applied. readings: how each group of heads read.
-    valid: (b, n) which queries are real tokens, or None if all are.
+    valid: (b, n) which queries are real tokens, or None if all are. known: what is known of this forward pass's masks.
     """
 
     site: Site
@@ -89,19 +82,24 @@ class Call:
     v: Tensor
     readings: tuple[Reading, ...]
     valid: Tensor | None
+    known: Found = field(default_factory=dict)
 
-    def statistics(self, want: Mapping[str, Statistic]) -> Statistics:
-        """Statistics of every head, {name: (b, h, ...)}, without n x n weights."""
-        if len(self.readings) == 1:
-            return self._of(self.readings[0], want)
-        parts = [(reading.heads, self._of(reading, want)) for reading in self.readings]
-        order = torch.tensor([head for heads, _ in parts for head in heads]).argsort()
-        return Statistics({name: torch.cat([part[name] for _, part in parts], dim=1)[:, order] for name in want})
+    def statistics(self, want: Mapping[str, Statistic], *, mean: bool = False) -> Statistics:
+        """Statistics of every head without n x n weights: {name: (b, h, ...)}.
 
-    @staticmethod
-    def _of(reading: Reading, want: Mapping[str, Statistic]) -> Statistics:
+        mean: reduced on the fly over batch and real queries, (h, ...); columns are summed over the batch, (h, m).
+        """
+        parts = [(reading.heads, self._of(reading, want, mean)) for reading in self.readings]
+        if len(parts) == 1:
+            return parts[0][1]
+        dim = 0 if mean else 1
+        order = torch.tensor([head for heads, _ in parts for head in heads], device=self.q.device).argsort()
+        return Statistics({name: torch.cat([part[name] for _, part in parts], dim=dim).index_select(dim, order) for name in want})
+
+    def _of(self, reading: Reading, want: Mapping[str, Statistic], mean: bool) -> Statistics:
+        reading = reading.simplified(self.known)
         return attend_statistics(
-            reading.q, reading.k, *reading.stages, want=want, scale=reading.scale,
+            reading.q, reading.k, *reading.stages, want=want, scale=reading.scale, mean=mean, counted=self.valid if mean else None,
             query_positions=reading.query_positions, key_positions=reading.key_positions,
         )  # fmt: skip
 

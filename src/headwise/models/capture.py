@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.operator import NAMED
-from ..attention.statistic import Statistic
+from ..attention.statistic import NAMED, Statistic
 from ..errors import InputError
 from ..types import Statistics
 from .call import Call
@@ -25,15 +24,18 @@ def capture(
     inputs: Mapping[str, Any] | None = None,
     stacks: Sequence[str] | None = None,
     length: int = 512,
+    mean: bool = False,
     tokenizer: Any | None = None,
 ) -> dict[str, Statistics]:
     """Runs a model once and returns, for each stack, its statistics with shape (layers, b, h, n).
 
-    Works under whatever plan is applied to the model. Padding rows hold the statistics of what they read.
+    Works under whatever plan is applied to the model. Beyond the plain forward pass it holds the statistics asked for, and
+    of one layer at a time what its sweep needs, O(n). Padding rows hold the statistics of what they read.
 
     Args:
-        want: names from log_sum_exp, max_weight, entropy, distance, key_mass; or {name: Statistic}.
+        want: names such as entropy (`headwise.attention.statistic.NAMED`); or {name: Statistic}.
         text: what to read, cut to `length` tokens; or inputs: a dict for the model's forward.
+        mean: reduce each layer at once over batch and real queries, to (layers, h, ...); columns are summed over the batch.
 
     Raises: InputError for an unknown statistic, or where layers of a stack differ in their number of heads.
     """
@@ -47,11 +49,12 @@ def capture(
 
     def tap(call: Call, out: Tensor) -> None:
         if call.site.stack in wanted:
-            found[call.site.stack][call.site.layer] = call.statistics(chosen)
+            found[call.site.stack][call.site.layer] = call.statistics(chosen, mean=mean)
 
-    given = dict(inputs) if inputs is not None else any_inputs(subject, text, 1, min(length, subject.max_length))
+    if inputs is None:
+        inputs = any_inputs(subject, text, 1, min(length, subject.max_length) if text is None else length)
     with torch.no_grad(), subject.tap(tap):
-        subject.model(**given)
+        subject.run(inputs)
     results = {}
     for name, layers in found.items():
         if not layers:

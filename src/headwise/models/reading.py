@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..attention.stage import Mask, Stage
 from ..caches import Keep, View
-from .call import DenseMask, Reading
+from .call import Reading
 from .layout import Site
+from .masks import DenseMask
 from .program import Group, Program
 
 

@@ -22,6 +22,7 @@ from .cache import CACHE_NAMES, HeadCache, HeadCacheLayer, cache_argument
 from .call import Call, Reading, model_stages
 from .interface import BASES, IMPLEMENTATION, MODULES, base_attention, base_attention_of, base_for, base_of, is_causal, register
 from .layout import Layout, Site, find_layout
+from .masks import Found
 from .program import Entry, Program, compile_site
 from .reading import make_readings
 
@@ -69,6 +70,7 @@ class Session:
         self._signature = inspect.signature(type(model).forward)
         self._cache_argument = cache_argument(model)
         # of the forward pass that is running:
+        self._known: Found = {}
         self._token_mask: Tensor | None = None
         self._encoder_mask: Tensor | None = None
         self._pads: list[int] | None = None
@@ -184,6 +186,7 @@ class Session:
         self._forget_forward()
 
     def _forget_forward(self) -> None:
+        self._known = {}
         self._token_mask = self._encoder_mask = None
         self._pads = None
         self._cache = None
@@ -286,7 +289,7 @@ class Session:
                 edited[:, :, list(heads)] = part
             out = edited
         if self._taps:
-            call = Call(site, q, k, v, readings, self._valid(site, q.shape[2]))
+            call = Call(site, q, k, v, readings, self._valid(site, q.shape[2]), self._known)
             for _, tap in self._taps:
                 changed = tap(call, out)
                 out = out if changed is None else changed

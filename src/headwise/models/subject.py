@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +66,13 @@ class Subject:
             yield
         finally:
             remove()
+
+    def run(self, inputs: Mapping[str, Any]) -> None:
+        """One forward pass, for what taps see in it: no cache, and logits of no more tokens than the model must give."""
+        extras: dict[str, Any] = {"use_cache": False} if "use_cache" in self.forward_names else {}
+        if "logits_to_keep" in self.forward_names:
+            extras["logits_to_keep"] = 1
+        self.model(**{**extras, **inputs})
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 

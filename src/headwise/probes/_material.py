@@ -40,13 +40,17 @@ class Batch:
 
 @dataclass(eq=False)
 class Material:
-    """Rows for a subject: its text (None: the embedded held-out text), or inputs of the user's own; seeded."""
+    """Rows for a subject: its text (None: the embedded held-out text), or inputs of the user's own; seeded.
+
+    tokens: how many of a row of running text ("any"), instead of what the probe asks for; rows so long go fewer at a time.
+    """
 
     subject: Subject
     text: str | None = None
     inputs: Mapping[str, Any] | None = None
     seed: int = 0
     batch_rows: int = 4
+    tokens: int | None = None
     _made: dict[Request, list[Batch]] = field(default_factory=dict)
 
     def batches(self, request: Request) -> list[Batch]:
@@ -65,8 +69,11 @@ class Material:
     def _make(self, request: Request) -> list[Batch]:
         subject, length = self.subject, self.length(request.length)
         if request.kind == "any":
+            if self.tokens is not None:
+                length = subject.check_length(self.tokens)
+            at_once = max(1, self.batch_rows * request.length // max(length, 1))
             given = dict(self.inputs) if self.inputs is not None else any_inputs(subject, self.text, request.rows, length)
-            return _split(given, self.batch_rows if self.inputs is None else None)
+            return _split(given, min(at_once, self.batch_rows) if self.inputs is None else None)
         if request.kind == "text":
             rows = text_rows(subject, self.text, request.rows, length)
             return [Batch({"input_ids": part}) for part in rows.split(self.batch_rows)]

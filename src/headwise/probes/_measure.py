@@ -48,6 +48,7 @@ def measure(
     tokenizer: Any | None = None,
     seed: int = 0,
     batch_size: int = 4,
+    length: int | None = None,
     material: Material | None = None,
     show_progress: bool = True,
 ) -> Measurement:
@@ -59,12 +60,13 @@ def measure(
         stacks: names of stacks; None for all.
         text: what to read; None is the embedded held-out text. inputs: instead, a dict for the model's forward.
         batch_size: rows of a forward pass.
+        length: tokens of a row of running text, for the probes that read it (512 unless said); as long as the context allows.
         material: rows to share with other measurements of the same model.
 
     Raises: RegistryError or SelectionError for an unknown probe or stack; InputError for a text that cannot be read.
     """
     subject = as_subject(model, tokenizer)
-    material = material or Material(subject, text, inputs, seed, batch_size)
+    material = material or Material(subject, text, inputs, seed, batch_size, length)
     names: list[str | Probe] = (
         [*registry.names("probe")] if probes is None else [probes] if isinstance(probes, str | Probe) else [*probes]
     )

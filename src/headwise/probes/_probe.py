@@ -121,7 +121,7 @@ def observe_calls(
                     counts[key][call.site.layer] += seen.count
 
             with torch.no_grad(), subject.tap(tap):
-                run_forward(subject, batch)
+                subject.run(batch.inputs)
             advance(len(own) * len(stacks))
     tables = {}
     for (probe, name), total in totals.items():
@@ -129,15 +129,6 @@ def observe_calls(
         values = (total / counts[probe, name][:, None]).masked_fill(~exists, torch.nan)
         tables[probe, name] = HeadTable(values, probe.name, name, probe.unit)
     return tables
-
-
-def run_forward(subject: Subject, batch: Batch) -> None:
-    """One forward pass, for what taps see in it; logits are computed for no more tokens than the model must."""
-    names = subject.forward_names
-    extras: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
-    if "logits_to_keep" in names:
-        extras["logits_to_keep"] = 1
-    subject.model(**batch.inputs, **extras)
 
 
 def queries(call: Call, first: int = 0) -> Tensor:

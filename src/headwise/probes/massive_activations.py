@@ -16,7 +16,7 @@ from ..models.layout import Stack
 from ..models.subject import Subject
 from ..types import HeadTable
 from ._material import Material, Request
-from ._probe import Advance, Observation, Planted, Probe, queries, run_forward
+from ._probe import Advance, Observation, Planted, Probe, queries
 
 CARD = Card(
     paper="Massive Activations in Large Language Models",
@@ -85,7 +85,7 @@ class MassiveActivations(Probe):
                     block = subject.model.get_submodule(site.block)
                     hook = block.register_forward_hook(lambda m, a, o, layer=site.layer: note(m, a, o, layer))
                     undo.callback(hook.remove)
-                run_forward(subject, batch)
+                subject.run(batch.inputs)
             advance(1)
         values = (total / count.clamp(min=1)).masked_fill(~stack.exists().mask, torch.nan)
         rows = sorted(found.values(), key=lambda entry: -entry["ratio"])[:32]

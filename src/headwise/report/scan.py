@@ -113,6 +113,7 @@ def scan(
     tokenizer: Any | None = None,
     seed: int = 0,
     draws: int = 10,
+    length: int | None = None,
     quick: bool = False,
     show_progress: bool = True,
 ) -> Scan:
@@ -123,19 +124,22 @@ def scan(
         out: a folder to save to. What is finished is kept there as the scan goes; if it is interrupted, the same call goes on.
         probes: names or Probe objects; None for all. text: what to read; inputs: instead, a dict for the model's forward.
         draws: random controls for the retrieval heads. quick: probes and viewer only.
+        length: tokens of a row of running text for the probes that read it (512 unless said), up to the model's context.
 
     Raises: UnsupportedModelError, ModelLoadError, InputError: each names what is wrong and what to do.
     """
     started = time.perf_counter()
     subject = as_subject(model, tokenizer)
+    if length is not None:
+        subject.check_length(length)
     if text is not None:
         subject.encode(text)  # an empty or unreadable text is an error now, not after minutes
     chosen = [
         p if isinstance(p, Probe) else registry.load("probe", p)() for p in (registry.names("probe") if probes is None else probes)
     ]
     folder = None if out is None else Path(out)
-    parts = _parts(folder, _fingerprint(subject, chosen, text, inputs, seed, draws))
-    material = Material(subject, text, inputs, seed)
+    parts = _parts(folder, _fingerprint(subject, chosen, text, inputs, seed, draws, length))
+    material = Material(subject, text, inputs, seed, tokens=length)
     measurement = _measure(subject, chosen, material, parts, show_progress)
     tables = measurement.of(measurement.main)
     heads = subject.main.exists()
@@ -225,7 +229,7 @@ def _experiments(
 
 
 def _fingerprint(
-    subject: Subject, probes: list[Probe], text: str | None, inputs: Mapping[str, Any] | None, seed: int, draws: int
+    subject: Subject, probes: list[Probe], text: str | None, inputs: Mapping[str, Any] | None, seed: int, draws: int, length: int | None
 ) -> str:
     """Tells scans apart whose parts must not be mixed."""
     weights = [float(p.detach().float().sum()) for p in list(subject.model.parameters())[:4]]
@@ -244,6 +248,7 @@ def _fingerprint(
         shapes,
         seed,
         draws,
+        length,
     ]
     return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from ..models.call import Call
 from ..models.inputs import any_inputs
 from ..models.subject import Subject
-from ..probes._material import Batch
-from ..probes._probe import run_forward
 
 BYTES = 1_600_000  # of packed weights, before base64
 TOKENS = 160
@@ -52,7 +50,7 @@ def capture_view(subject: Subject, stack_name: str | None = None, text: str | No
             found[call.site.layer] = call.weights(slice(0, tokens))[0, :, :, :tokens].float().cpu()
 
     with torch.no_grad(), subject.tap(tap):
-        run_forward(subject, Batch(given))
+        subject.run(given)
     rows, columns = next(iter(found.values())).shape[1:]
     if not labels:
         labels = [str(i) for i in range(max(rows, columns))]

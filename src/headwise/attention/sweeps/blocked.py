@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -117,6 +118,11 @@ class _Part:
         total = self.total.view(*self.total.shape, *[1] * (sums.dim() - 2))
         return torch.where(total > 0, sums / total, 0.0)
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """(1, h, c, m): the weights themselves, for statistics that have no shorter way."""
+        return self.mean(self.raised)[None]
+
     def factor(self, key: Hashable) -> Tensor:
         """(h, c): the mean of one factor."""
         return self.mean(self.products[..., list(self.tables.factors).index(key)])
@@ -204,5 +210,4 @@ def _value(statistic: Statistic, part: _Part) -> Tensor:
             return torch.stack([part.factor((id(statistic), i)) for i in range(statistic.spans.shape[-2])], dim=-1)
         case KeyMass(rows=None):
             return torch.bmm(part.mean(torch.ones_like(total))[:, None], part.raised)[:, 0]
-    weights = part.mean(part.raised)[None]
-    return statistic.of(Sweep(part.shifted[None], weights, log_normalizer[None], part.frame))[0]
+    return statistic.of(Sweep(part.shifted[None], part.weights, log_normalizer[None], part.frame))[0]

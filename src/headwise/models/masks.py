@@ -1,0 +1,92 @@
+"""Masks and biases that a model brings as tables, and the simple form of those that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..attention.stage import Bias, Block, Mask
+from ..stages.causal import Causal
+from ..stages.window import Window
+
+ROWS = 1024  # of a table compared at once
+
+
+@dataclass(frozen=True, eq=False)
+class DenseMask(Mask):
+    """A mask that the model brings: booleans (b or 1, h or 1, n, m)."""
+
+    table: Tensor
+
+    def visible(self, block: Block) -> Tensor:
+        return self.table[:, :, block.query_index][..., block.key_index]
+
+    def select(self, heads: Any) -> DenseMask:
+        return self if self.table.shape[1] == 1 else DenseMask(self.table[:, list(heads)])
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBias(Bias):
+    """A bias that the model brings: (b or 1, h or 1, n, m)."""
+
+    table: Tensor
+
+    def bias(self, block: Block) -> Tensor:
+        return self.table[:, :, block.query_index][..., block.key_index]
+
+    def select(self, heads: Any) -> DenseBias:
+        return self if self.table.shape[1] == 1 else DenseBias(self.table[:, list(heads)])
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A table's simple form: the masks that show the same, and which keys are there at all, (b or 1, m)."""
+
+    stages: tuple[Mask, ...]
+    there: Tensor
+
+
+Found = dict[Hashable, tuple[Tensor, Known | None]]  # holds the tables too, so that their addresses stay theirs
+
+
+def recognise(table: Tensor, queries: Tensor, keys: Tensor, in_order: bool, known: Found) -> Known | None:
+    """The simple form of a table (b or 1, n, m): causal, windowed, both or neither, with some keys left out; None if it has none.
+
+    Args:
+        queries, keys: positions (b or 1, n) and (b or 1, m); in_order: whether they are those of rows and columns.
+        known: what was found about the tables of this forward pass; layers share theirs.
+    """
+    name = (table.data_ptr(), tuple(table.shape), table.stride(), in_order)
+    if name not in known:
+        known[name] = table, _search(table, queries, keys)
+    return known[name][1]
+
+
+def _search(table: Tensor, queries: Tensor, keys: Tensor) -> Known | None:
+    there = table.any(1) & (keys >= 0)
+    own, seen = queries[:, -1:], table[:, -1] & there
+    reach = max(1, int((own - keys).where(seen, 0).amax()) + 1)  # how far back the last query looks
+    candidates: tuple[tuple[Mask, ...], ...] = ((Causal(),), (Causal(), Window(reach)), (), (Window(reach),))
+    return next((Known(stages, there) for stages in candidates if _shows(stages, table, queries, keys, there)), None)
+
+
+def _shows(stages: tuple[Mask, ...], table: Tensor, queries: Tensor, keys: Tensor, there: Tensor) -> bool:
+    """Whether the stages show just what the table shows."""
+    for start in range(0, table.shape[1], ROWS):
+        away = queries[:, start : start + ROWS, None] - keys[:, None, :]
+        shown = there[:, None, :].expand(max(len(there), len(away)), away.shape[1], -1)
+        for stage in stages:
+            shown = shown & ((away >= 0) if isinstance(stage, Causal) else away.abs() < reach_of(stage))
+        if not bool((shown == table[:, start : start + ROWS]).all()):
+            return False
+    return True
+
+
+def reach_of(stage: Mask) -> int:
+    """The window of a windowed mask."""
+    pattern = stage.pattern()
+    assert pattern is not None and pattern.window is not None
+    return pattern.window
