@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from headwise import cli, registry
 from headwise.errors import HeadwiseError
@@ -194,7 +195,8 @@ def test_help(run, verb):
         (["check", "no.such.module:X"], "cannot import"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, streaming, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, streaming, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty.txt").write_text("  \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
     filled = [a.format(tmp=tmp_path, plan=streaming) if len(a) < 100 else a for a in arguments]

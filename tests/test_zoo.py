@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import median
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ both = pytest.mark.parametrize("name", MODELS)
 
 @pytest.fixture(scope="module")
 def tables(tiny):
-    return measure(tiny, ["previous_token", "induction", "retrieval", "duo_gate", "ablation_importance"], show_progress=False)
+    return measure(tiny, ["retrieval", "duo_gate", "gate_importance", "ablation_importance"], show_progress=False)
 
 
 def run(task, subject):
@@ -59,16 +60,16 @@ def test_card_figures(name, request):
     previous, induction = found["previous_token"], found["induction"]
     assert float(previous.values.max()) >= 0.9
     assert (induction >= 0.7).count() >= 2
-    assert told["previous-token score of the best head"] == f"{float(previous.values.max()):.2f}"
+    assert float(told["previous-token score of the best head"]) == pytest.approx(float(previous.values.max()), abs=0.01)
     assert told["heads with an induction score of 0.7 or more"] == str((induction >= 0.7).count())
     repeat = run(Repeat(rows=8, length=1024), subject)["repeat_accuracy"]
     assert repeat >= 0.98
-    assert told["next-token accuracy on repeated random tokens"] == f"{repeat:.3f}"
+    assert float(told["next-token accuracy on repeated random tokens"]) == pytest.approx(repeat, abs=0.001)
     needle = run(Needle(count=4), subject)["needle"]
     assert needle >= 0.98
-    assert told["exact needle recall, 2048 tokens, depths 5-90 %"] == f"{needle:.3f}"
+    assert float(told["exact needle recall, 2048 tokens, depths 5-90 %"]) == pytest.approx(needle, abs=0.001)
     bits = run(Perplexity(rows=16), subject)["bits_per_byte"]
-    assert told["bits per byte on the shipped held-out text"] == f"{bits:.3f}"
+    assert float(told["bits per byte on the shipped held-out text"]) == pytest.approx(bits, abs=0.001)
     parameters = sum(p.numel() for p in subject.model.parameters())
     assert told["parameters"] == f"{parameters:,}"
 
@@ -78,7 +79,7 @@ def test_retrieval_heads_are_few_and_causal(tiny, tables):
     heads = tables["retrieval"] > 0.1
     assert 0 < heads.count() < 16
     shown = retrieval_causality(
-        tiny, heads, draws=20, task=Needle(depths=(0.1, 0.5, 0.9), count=3, length=1024), show_progress=False
+        tiny, heads, draws=20, task=Needle(depths=(0.1, 0.5, 0.9), count=3, length=512), show_progress=False
     )
     assert shown.base >= 0.98
     assert shown.chosen < 0.2
@@ -89,21 +90,21 @@ def test_retrieval_heads_are_few_and_causal(tiny, tables):
 def test_duo_frees_most_of_the_cache(tiny, tables):
     """Full caches where the gates ask for them: bytes fall by 60 % or more, needles within 0.02, bits per byte within 3 %."""
     plan = duo(tiny, tables["duo_gate"], show_progress=False)
-    found = evaluate(tiny, plan, [Needle(count=4), Perplexity(rows=8), "kv_bytes"], show_progress=False)
+    found = evaluate(tiny, plan, [Needle(count=2), Perplexity(rows=6), "kv_bytes"], show_progress=False)
     before, after = found.without, found.under_plan
     assert after["kv_bytes"] <= 0.4 * before["kv_bytes"]
     assert after["needle"] >= before["needle"] - 0.02
     assert after["bits_per_byte"] <= 1.03 * before["bits_per_byte"]
     assert len(plan.about["full"]) < 16
-    others = random_duo(tiny, plan, draws=5, show_progress=False)
-    assert sorted(others)[2] < 0.5
+    others = random_duo(tiny, plan, draws=5, task=Needle(depths=(0.1, 0.5, 0.9)), show_progress=False)
+    assert median(others) < 0.5
 
 
 def test_duo_on_grouped_heads_keeps_whole_groups(tiny_gqa):
     plan = duo(tiny_gqa, show_progress=False)
     full = tiny_gqa.main.exists() - plan.heads()
     assert full == tiny_gqa.main.key_value_groups(full)
-    found = evaluate(tiny_gqa, plan, [Needle(count=2), "kv_bytes"], show_progress=False)
+    found = evaluate(tiny_gqa, plan, [Needle(), "kv_bytes"], show_progress=False)
     assert found.under_plan["kv_bytes"] <= 0.4 * found.without["kv_bytes"]
     assert found.under_plan["needle"] >= found.without["needle"] - 0.02
 
@@ -138,11 +139,12 @@ def test_pruning_curve(tiny, tables):
     assert curve["removable"]["1%"] <= curve["removable"]["3%"] <= curve["removable"]["10%"]
 
 
-def test_cheap_importance_agrees_with_exact(tiny):
-    """On the same 16 rows the gradient ranks heads as leaving each out does: a rank correlation above 0.6."""
-    exact = probe(AblationImportance(rows=16), tiny, show_progress=False)
-    for per in ("example", "token"):
-        assert probe(GateImportance(rows=16, per=per), tiny, show_progress=False).spearman(exact) > 0.6
+def test_cheap_importance_agrees_with_exact(tiny, tables):
+    """On the same rows the gradient ranks heads as leaving each out does: a rank correlation above 0.6."""
+    exact = tables["ablation_importance"]
+    assert AblationImportance().rows == GateImportance().rows == 16  # with half of them chance still hides it
+    assert tables["gate_importance"].spearman(exact) > 0.6
+    assert probe(GateImportance(per="token"), tiny, show_progress=False).spearman(exact) > 0.6
 
 
 def test_first_order_is_exact_for_the_last_layers_scale(tiny):

@@ -33,7 +33,7 @@ PLANTED = Planted("induction", at_least=1e-6, others_at_most=0.0, by_size=True)
 class AblationImportance(Probe):
     """Exact rise of the loss when the head's output is set to zero at every token; below 0 where the head does harm."""
 
-    rows: int = 8
+    rows: int = 16
     length: int = 256
     copies: int = 8
     unit = "nats per token"

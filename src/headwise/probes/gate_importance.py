@@ -33,7 +33,7 @@ PLANTED = Planted("induction", at_least=1e-6, others_at_most=0.0)
 class GateImportance(Probe):
     """Mean absolute gradient of the loss with respect to a gate on the head's output: the cost of closing it, to first order."""
 
-    rows: int = 8
+    rows: int = 16
     length: int = 256
     per: str = "example"
     normalize: bool = False

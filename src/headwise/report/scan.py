@@ -112,7 +112,7 @@ def scan(
     inputs: Mapping[str, Any] | None = None,
     tokenizer: Any | None = None,
     seed: int = 0,
-    draws: int = 10,
+    draws: int = 20,
     length: int | None = None,
     quick: bool = False,
     show_progress: bool = True,
