@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwise.caches import Keep, LayerStore
+from headwise.caches import store as store_module
 from headwise.caches.store import GROWTH
 from headwise.errors import PlanError
 
@@ -30,9 +31,15 @@ keeps = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.fixture(params=[2, 64])
+def growth(request, monkeypatch):
+    """Blocks that are smaller than a ring, and larger."""
+    monkeypatch.setattr(store_module, "GROWTH", request.param)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keeps, st.lists(st.integers(1, 9), min_size=1, max_size=8), st.lists(st.integers(0, 5), min_size=1, max_size=3), st.data())
-def test_a_store_holds_what_may_still_be_read(keeps, chunks, pads, data):
+def test_a_store_holds_what_may_still_be_read(growth, keeps, chunks, pads, data):
     """Chunks of any size, left padding, and rows reordered in between: every view holds all that its mask shows, rightly named."""
     store = LayerStore(keeps)
     rows, seen = len(pads), 0
@@ -88,6 +95,21 @@ def test_bytes_are_those_allocated():
     for i in range(20):
         some.extend(*tokens(1, 4, 1000 + i, 1))
     assert some.bytes() == before  # still within the block that was allocated
+
+
+def test_short_texts_allocate_little():
+    """No more than a block over what is held, however long the window may get."""
+    store = LayerStore([Keep(4, 1000), None])
+    store.extend(*tokens(1, 2, 0, 10))
+    per_token = 2 * D * 8
+    assert store.bytes() == 2 * GROWTH * per_token + 8 * GROWTH
+    for start in range(10, 1500, 10):
+        store.extend(*tokens(1, 2, start, 10))
+        held = min(start + 10, 1004)
+        assert store.bytes() <= (held + GROWTH + start + 10 + GROWTH) * per_token + 8 * (held + GROWTH)
+    ring, _ = store.extend(*tokens(1, 2, 1500, 1))
+    assert sorted(ring.number[0].tolist()) == [0, 1, 2, 3, *range(501, 1501)]
+    assert store.bytes() == (1004 + 1536) * per_token + 8 * 1004
 
 
 def test_cropping_where_nothing_was_freed():

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention.stage import FAR, Mask
 from ..errors import PlanError
 
-GROWTH = 256  # tokens that a growing store allocates at a time
+GROWTH = 64  # tokens that a store allocates at a time
 _LATE = 1 << 40  # a position later than any: what a mask still reaches from there is what it keeps
 
 
@@ -98,8 +98,7 @@ class _Growing(_Store):
 
     def _with(self, held: Tensor | None, new: Tensor, length: int) -> Tensor:
         if held is None or held.shape[2] < length:
-            capacity = -(-length // GROWTH) * GROWTH
-            grown = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+            grown = new.new_empty(*new.shape[:2], _blocks(length), new.shape[3])
             if held is not None:
                 grown[:, :, : self.length] = held[:, :, : self.length]
             held = grown
@@ -111,8 +110,16 @@ class _Growing(_Store):
         self.length -= tokens
 
 
+def _blocks(tokens: int) -> int:
+    """Tokens to allocate for, in whole blocks."""
+    return -(-tokens // GROWTH) * GROWTH
+
+
 class _Ring(_Store):
-    """Keeps the first `sink` positions of each row in place, and the last `recent` in a ring."""
+    """Keeps the first `sink` positions of each row in place, and the last `recent` in a ring.
+
+    Slots fill from the first on, so what is allocated grows with the text until the ring is whole.
+    """
 
     def __init__(self, keep: Keep) -> None:
         super().__init__()
@@ -126,13 +133,11 @@ class _Ring(_Store):
         return position if position < sink else sink + (position - sink) % recent
 
     def extend(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-        b, h, count, _ = k.shape
-        capacity = self.keep.sink + self.keep.recent
+        count, capacity = k.shape[2], self.keep.sink + self.keep.recent
         if self.k is None:
             self.ragged = any(pads)
-            self.k = k.new_zeros(b, h, capacity, k.shape[3])
-            self.v = v.new_zeros(b, h, capacity, v.shape[3])
-            self.number = torch.full((b if self.ragged else 1, capacity), -1, device=k.device)
+        self._grow(k, v, min(capacity, _blocks(seen + count - min(pads, default=0))))
+        assert self.k is not None
         assert self.v is not None
         assert self.number is not None
         if count == 1:
@@ -145,6 +150,20 @@ class _Ring(_Store):
         view = torch.cat([held_k, k], 2), torch.cat([held_v, v], 2), torch.cat([held, new], 1), filled == 0, False
         self._write(k, v, seen, pads, range(count))
         return view
+
+    def _grow(self, k: Tensor, v: Tensor, slots: int) -> None:
+        """Allocates at least so many slots, the new ones empty."""
+        held = 0 if self.k is None else self.k.shape[2]
+        if held >= slots:
+            return
+        b, h, missing = k.shape[0], k.shape[1], slots - held
+        more_k, more_v = k.new_zeros(b, h, missing, k.shape[3]), v.new_zeros(b, h, missing, v.shape[3])
+        empty = torch.full((b if self.ragged else 1, missing), -1, device=k.device)
+        if self.k is None or self.v is None or self.number is None:
+            self.k, self.v, self.number = more_k, more_v, empty
+        else:
+            self.k, self.v = torch.cat([self.k, more_k], 2), torch.cat([self.v, more_v], 2)
+            self.number = torch.cat([self.number, empty], 1)
 
     def _write(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int], new: range) -> None:
         """Puts new tokens in their slots; of several that share one, only the last is written."""
