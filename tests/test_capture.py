@@ -113,7 +113,12 @@ def test_long_rows_hold_no_square(tiny):
             return result
 
     segments = SegmentMass(torch.arange(2048) // 100, 21)
-    want = {"entropy": headwise.attention.statistic.NAMED["entropy"], "segments": segments, "sink": PositionMass(0, 4), "horizon": HorizonMass(10, 100)}
+    want = {
+        "entropy": headwise.attention.statistic.NAMED["entropy"],
+        "segments": segments,
+        "sink": PositionMass(0, 4),
+        "horizon": HorizonMass(10, 100),
+    }
     with Largest():
         found = capture(tiny, want, length=2048, mean=True)["decoder"]
     assert found["segments"].shape == (8, 8, 21)

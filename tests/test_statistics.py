@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headwise import Alibi, Causal, Documents, Sink, SinkLogit, Softcap, Temperature, Window, attend, attention_weights, explain, statistics
+from headwise import (
+    Alibi,
+    Causal,
+    Documents,
+    Sink,
+    SinkLogit,
+    Softcap,
+    Temperature,
+    Window,
+    attend,
+    attention_weights,
+    explain,
+    statistics,
+)
 from headwise.attention.statistic import (
     Distance,
     DistanceSquare,
@@ -41,7 +54,8 @@ def wanted(n, m, seed=1, b=B):
     spans[0, : m // 3] = spans[1, m // 4 : m // 2] = spans[2, ::2] = True
     return {
         "lse": LogSumExp(), "max": MaxWeight(), "entropy": Entropy(), "distance": Distance(), "distance2": DistanceSquare(),
-        "square": WeightSquare(), "sink": PositionMass(0, 3), "inner": PositionMass(2, 5), "recent": RecentMass(7), "local": LocalMass(2, 5),
+        "square": WeightSquare(), "sink": PositionMass(0, 3), "inner": PositionMass(2, 5), "recent": RecentMass(7),
+        "local": LocalMass(2, 5),
         "near": Distance(6), "segments": SegmentMass(torch.randint(-1, 5, (b, m), generator=g).sort(-1).values, 5),
         "spans": SpanMass(spans), "received": KeyMass(), "group": KeyMass(per="key_value_head"),
         "some": KeyMass(torch.rand(b, n, generator=g) < 0.5), "horizon": HorizonMass(2, 9),
@@ -51,7 +65,7 @@ def wanted(n, m, seed=1, b=B):
 
 def expected(q, k, stages, want, **places):
     """From the whole float64 weights, by formulas of their own."""
-    double = [stage for stage in stages]
+    double = list(stages)
     p = attention_weights(q.double(), k.double(), *double, **places)
     b, h, n, m = p.shape
     qp = places.get("query_positions", torch.arange(m - n, m)).reshape(-1, n).expand(b, n)
@@ -67,7 +81,8 @@ def expected(q, k, stages, want, **places):
         "spans": torch.stack([(p * span).sum(-1) for span in want["spans"].spans], -1),
         "received": p.sum(2), "group": p.sum(2).view(b, k.shape[1], -1, m).sum(2),
         "some": (p * want["some"].rows[:, None, :, None]).sum(2),
-        "at": p.gather(-1, want["at"].keys.clamp(min=0)[:, None, :, None].expand(b, h, n, 1))[..., 0] * (want["at"].keys >= 0)[:, None],
+        "at": p.gather(-1, want["at"].keys.clamp(min=0)[:, None, :, None].expand(b, h, n, 1))[..., 0]
+        * (want["at"].keys >= 0)[:, None],
     }  # fmt: skip
     return result, p
 
@@ -76,7 +91,8 @@ CASES = {
     "causal": ((Causal(),), 40, 40), "decode": ((Causal(),), 1, 70), "chunk": ((Causal(),), 9, 70), "both ways": ((), 40, 40),
     "cross": ((), 37, 21), "window": ((Causal(), Window(11)), 45, 45), "sink and window": ((Causal(), Window(9) | Sink(3)), 70, 70),
     "two-sided window": ((Window(8),), 40, 40), "documents": ((Causal(), Documents(torch.arange(60) // 13)), 60, 60),
-    "sink alone": ((Causal(), Sink(4)), 33, 33), "packed window": ((Causal(), Window(5), Documents(torch.arange(60) // 21)), 40, 60),
+    "sink alone": ((Causal(), Sink(4)), 33, 33),
+    "packed window": ((Causal(), Window(5), Documents(torch.arange(60) // 21)), 40, 60),
 }  # fmt: skip
 
 
@@ -130,7 +146,11 @@ def test_padding_and_empty_rows(sweep):
     _, got = attend(q, k, v, *stages, statistics=want, backend=sweep, query_positions=queries, key_positions=places)
     assert_same(got, result, p, 3e-6)
     assert all(not value.isnan().any() for value in got.values())
-    assert all((value[got["lse"].isinf()] == 0).all() for name, value in got.items() if value.shape == got["lse"].shape and name not in ("lse", "top"))
+    assert all(
+        (value[got["lse"].isinf()] == 0).all()
+        for name, value in got.items()
+        if value.shape == got["lse"].shape and name not in ("lse", "top")
+    )
 
 
 @pytest.mark.parametrize("kernel_tile", [kernel.Tile(32, 16, 8, 4, 1), kernel.Tile(16, 32, 1, 4, 1), kernel.Tile(64, 64, 8, 4, 1)])
@@ -209,7 +229,9 @@ def test_gradients(backend):
         want |= {"entropy": Entropy(), "lse": LogSumExp(), "received": KeyMass(per="key_value_head")}
 
     def loss(out, found):
-        return out.square().sum() + sum((value * torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)).sum() for value in found)
+        return out.square().sum() + sum(
+            (value * torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)).sum() for value in found
+        )
 
     out, got = attend(q, k, v, Causal(), statistics=want, backend=backend)
     fast = torch.autograd.grad(loss(out, [got[name] for name in want]), (q, k, v))
@@ -218,7 +240,8 @@ def test_gradients(backend):
     found = {
         "sink": p[..., :2].sum(-1), "far": (torch.arange(4, 14) - (p * place).sum(-1)),
         "segments": torch.stack([p[..., segments == i].sum(-1) for i in range(4)], -1),
-        "entropy": -(p * s.log_softmax(-1).clamp(min=-1e3)).sum(-1), "lse": s.logsumexp(-1), "received": p.sum(2).view(B, 2, 2, 14).sum(2),
+        "entropy": -(p * s.log_softmax(-1).clamp(min=-1e3)).sum(-1), "lse": s.logsumexp(-1),
+        "received": p.sum(2).view(B, 2, 2, 14).sum(2),
     }  # fmt: skip
     slow = torch.autograd.grad(loss(p @ v.repeat_interleave(2, 1), [found[name] for name in want]), (q, k, v))
     for a, b in zip(fast, slow, strict=True):
@@ -244,15 +267,24 @@ def test_means_on_the_fly(backend, monkeypatch):
     n = 300
     q, k, _ = made(n, n)
     counted = torch.rand(B, n, generator=torch.Generator().manual_seed(4)) < 0.7
-    want = {"entropy": Entropy(), "segments": SegmentMass(torch.arange(n) // 7, 43), "received": KeyMass(), "horizon": HorizonMass(1, 5)}
+    want = {
+        "entropy": Entropy(),
+        "segments": SegmentMass(torch.arange(n) // 7, 43),
+        "received": KeyMass(),
+        "horizon": HorizonMass(1, 5),
+    }
     whole = statistics(q, k, Causal(), want=want, backend=backend)
     mean = statistics(q, k, Causal(), want=want, mean=True, counted=counted, backend=backend)
     rows = counted[:, None, :].expand(B, H, n)
     assert mean["entropy"].shape == (H,)
     assert mean["segments"].shape == (H, 43)
     for head in range(H):
-        torch.testing.assert_close(mean["entropy"][head], whole["entropy"][:, head][rows[:, head]].double().mean(), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(mean["segments"][head], whole["segments"][:, head][rows[:, head]].double().mean(0), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            mean["entropy"][head], whole["entropy"][:, head][rows[:, head]].double().mean(), rtol=1e-9, atol=1e-9
+        )
+        torch.testing.assert_close(
+            mean["segments"][head], whole["segments"][:, head][rows[:, head]].double().mean(0), rtol=1e-6, atol=1e-7
+        )
     torch.testing.assert_close(mean["received"], whole["received"].double().sum(0), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(mean["horizon"], whole["horizon"].double().sum(0), rtol=1e-9, atol=1e-9)
 

@@ -88,5 +88,6 @@ def _shows(stages: tuple[Mask, ...], table: Tensor, queries: Tensor, keys: Tenso
 def reach_of(stage: Mask) -> int:
     """The window of a windowed mask."""
     pattern = stage.pattern()
-    assert pattern is not None and pattern.window is not None
+    assert pattern is not None
+    assert pattern.window is not None
     return pattern.window

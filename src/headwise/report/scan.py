@@ -229,7 +229,13 @@ def _experiments(
 
 
 def _fingerprint(
-    subject: Subject, probes: list[Probe], text: str | None, inputs: Mapping[str, Any] | None, seed: int, draws: int, length: int | None
+    subject: Subject,
+    probes: list[Probe],
+    text: str | None,
+    inputs: Mapping[str, Any] | None,
+    seed: int,
+    draws: int,
+    length: int | None,
 ) -> str:
     """Tells scans apart whose parts must not be mixed."""
     weights = [float(p.detach().float().sum()) for p in list(subject.model.parameters())[:4]]
