@@ -27,6 +27,7 @@ from headwise.attention import statistic as statistics_module
 from headwise.attention.operator import _prepare
 from headwise.attention.stage import FAR, Block
 from headwise.attention.statistic import Distance, HorizonMass, KeyMass, LocalMass, PositionMass, SpanMass, TopKey, WeightAt
+from headwise.attention.sweeps import chunked
 from headwise.caches import Keep
 from headwise.errors import BackendError, ShapeError
 
@@ -114,8 +115,8 @@ def test_statistics_equal_those_of_the_weights(stages, rows, monkeypatch):
     }  # fmt: skip
     if rows is not None:
         own = read_module.row_blocks
-        monkeypatch.setattr(statistics_module, "row_blocks", lambda x, _=None: own(x, rows))
-    got = statistics(q, k, *stages, want=want)
+        monkeypatch.setattr(chunked, "row_blocks", lambda x, _=None: own(x, rows))
+    got = statistics(q, k, *stages, want=want, backend=None if rows is None else "chunked")
     close = lambda a, b: torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-10, atol=1e-12)  # noqa: E731
     close(got["entropy"], -torch.xlogy(p, p).sum(-1))
     close(got["max"], p.amax(-1))
@@ -190,7 +191,7 @@ def test_explain_says_why():
     assert told.backend == "chunked"
     assert "Softcap changes scores by more than adding" in told.refused["sdpa"]
     assert "not sdpa" in str(told)
-    assert set(told.to_dict()) == {"backend", "folds", "refused", "flops", "bytes"}
+    assert set(told.to_dict()) == {"backend", "folds", "refused", "flops", "bytes", "statistics"}
     with pytest.raises(BackendError, match="cannot run this read: Softcap"):
         attend(q, k, v, Softcap(2.0), backend="sdpa")
     with pytest.raises(BackendError, match="there are: sdpa, chunked, reference"):
