@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from headwise import scan
 from headwise.models.subject import Subject, open_model
 
 transformers.logging.set_verbosity_error()
@@ -27,6 +28,13 @@ def tiny() -> Subject:
 @pytest.fixture(scope="session")
 def tiny_gqa() -> Subject:
     return open_model("tiny-gqa")
+
+
+@pytest.fixture(scope="session")
+def scanned(tiny, tmp_path_factory):
+    """(folder, Scan): the main job on the embedded model, as `make scan` runs it; made once for all tests."""
+    out = tmp_path_factory.mktemp("scan")
+    return out, scan(tiny, out, show_progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -6,33 +6,25 @@ import shutil
 
 import pytest
 
-from headwise import scan
-
 pytestmark = pytest.mark.browser
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
-def page(tiny, tmp_path_factory):
+def page(request, tmp_path_factory):
     if not CHROMIUM or not DRIVER:
         pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
     from selenium import webdriver
     from selenium.webdriver.chrome.options import Options
     from selenium.webdriver.chrome.service import Service
 
-    out = tmp_path_factory.mktemp("report")
-    scan(
-        tiny,
-        out,
-        probes=["induction", "previous_token", "entropy", "sink_mass", "local_mass", "ablation_importance"],
-        quick=True,
-        show_progress=False,
-    )
+    out, _ = request.getfixturevalue("scanned")  # not made where there is no browser to look at it
     options = Options()
     options.binary_location = CHROMIUM
     for flag in (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--window-size=1280,2400", f"--user-data-dir={out / 'profile'}",
+        "--disable-component-update", "--disable-sync", "--window-size=1280,2400",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):  # fmt: skip
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

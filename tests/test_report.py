@@ -21,13 +21,6 @@ from headwise.report.viewer import TEXT, capture_view
 CHEAP = ["entropy", "induction", "previous_token", "sink_mass", "local_mass"]
 
 
-@pytest.fixture(scope="module")
-def scanned(tiny, tmp_path_factory):
-    """The main job, as `make scan` runs it."""
-    out = tmp_path_factory.mktemp("scan")
-    return out, scan(tiny, out, draws=3, show_progress=False)
-
-
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()

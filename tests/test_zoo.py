@@ -16,18 +16,12 @@ from headwise.models.cache import cache_bytes, cache_of
 from headwise.probes.ablation_importance import AblationImportance
 from headwise.probes.gate_importance import GateImportance
 from headwise.prompts import needle_prompts, recall_prompts, repeated_rows
-from headwise.report.experiments import pruning_curve, random_duo, retrieval_causality
 from headwise.tasks.needle import Needle
 from headwise.tasks.perplexity import Perplexity
 from headwise.tasks.repeat import Repeat
 
 MODELS = ["tiny", "tiny_gqa"]
 both = pytest.mark.parametrize("name", MODELS)
-
-
-@pytest.fixture(scope="module")
-def tables(tiny):
-    return measure(tiny, ["retrieval", "duo_gate", "gate_importance", "ablation_importance"], show_progress=False)
 
 
 def run(task, subject):
@@ -74,29 +68,30 @@ def test_card_figures(name, request):
     assert told["parameters"] == f"{parameters:,}"
 
 
-def test_retrieval_heads_are_few_and_causal(tiny, tables):
-    """Fewer than a quarter of the heads; without them no needle is found, without as many others nearly all are."""
-    heads = tables["retrieval"] > 0.1
+def test_retrieval_heads_are_few_and_causal(scanned):
+    """Fewer than a quarter of the heads; without exactly them no needle is found, without as many others nearly all are."""
+    _, found = scanned
+    heads = found.tables["retrieval"] > 0.1
     assert 0 < heads.count() < 16
-    shown = retrieval_causality(
-        tiny, heads, draws=20, task=Needle(depths=(0.1, 0.5, 0.9), count=3, length=512), show_progress=False
-    )
+    shown = found.causality
+    assert list(shown.heads) == heads.names()
     assert shown.base >= 0.98
     assert shown.chosen < 0.2
     assert len(shown.random) >= 20
-    assert shown.random_median > 0.9
+    assert median(shown.random) == shown.random_median > 0.9
 
 
-def test_duo_frees_most_of_the_cache(tiny, tables):
+def test_duo_frees_most_of_the_cache(scanned):
     """Full caches where the gates ask for them: bytes fall by 60 % or more, needles within 0.02, bits per byte within 3 %."""
-    plan = duo(tiny, tables["duo_gate"], show_progress=False)
-    found = evaluate(tiny, plan, [Needle(count=2), Perplexity(rows=6), "kv_bytes"], show_progress=False)
-    before, after = found.without, found.under_plan
+    _, found = scanned
+    before, after = found.evaluation.without, found.evaluation.under_plan
+    assert before["kv_tokens"] == 2048
     assert after["kv_bytes"] <= 0.4 * before["kv_bytes"]
     assert after["needle"] >= before["needle"] - 0.02
     assert after["bits_per_byte"] <= 1.03 * before["bits_per_byte"]
-    assert len(plan.about["full"]) < 16
-    others = random_duo(tiny, plan, draws=5, task=Needle(depths=(0.1, 0.5, 0.9)), show_progress=False)
+    assert len(found.plan.about["full"]) < 16
+    others = found.notes["random_plan_needle"]  # the same budget, given to random heads
+    assert len(others) >= 3
     assert median(others) < 0.5
 
 
@@ -109,9 +104,9 @@ def test_duo_on_grouped_heads_keeps_whole_groups(tiny_gqa):
     assert found.under_plan["needle"] >= found.without["needle"] - 0.02
 
 
-def test_generation_under_duo_finds_the_needle(tiny, tables):
+def test_generation_under_duo_finds_the_needle(tiny, scanned):
     """Not one forward pass but generate, token by token, with the freed cache."""
-    plan = duo(tiny, tables["duo_gate"], show_progress=False)
+    plan = scanned[1].plan
     prompts = Needle(depths=(0.1, 0.6), count=2).prompts(tiny, None)
     found = 0
     for prompt in prompts:
@@ -130,20 +125,24 @@ def test_generation_under_duo_finds_the_needle(tiny, tables):
     assert found == len(prompts)
 
 
-def test_pruning_curve(tiny, tables):
+def test_pruning_curve(scanned):
     """Importance orders heads better than chance: more can go before the loss rises by 3 and 10 %."""
-    curve = pruning_curve(tiny, tables["ablation_importance"], orders=3, show_progress=False).to_dict()
+    curve = scanned[1].curve.to_dict()
+    assert curve["by"] == "ablation_importance"
     for rise in ("3%", "10%"):
         assert curve["removable"][rise] >= 1
         assert curve["removable"][rise] > curve["removable_random"][rise]
     assert curve["removable"]["1%"] <= curve["removable"]["3%"] <= curve["removable"]["10%"]
 
 
-def test_cheap_importance_agrees_with_exact(tiny, tables):
-    """On the same rows the gradient ranks heads as leaving each out does: a rank correlation above 0.6."""
-    exact = tables["ablation_importance"]
+def test_cheap_importance_agrees_with_exact(tiny, scanned):
+    """On the same rows the gradient ranks heads as leaving each out does: a rank correlation above 0.6, and it is reported."""
+    _, found = scanned
+    exact = found.tables["ablation_importance"]
     assert AblationImportance().rows == GateImportance().rows == 16  # with half of them chance still hides it
-    assert tables["gate_importance"].spearman(exact) > 0.6
+    correlation = found.tables["gate_importance"].spearman(exact)
+    assert correlation > 0.6
+    assert any(finding["numbers"].get("spearman") == correlation for finding in found.findings)
     assert probe(GateImportance(per="token"), tiny, show_progress=False).spearman(exact) > 0.6
 
 
