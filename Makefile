@@ -1,4 +1,4 @@
-# make scan: the main job. make test: everything that must hold. make bench: the figures of benchmarks/. make clean.
+# make scan: the main job. make test: everything that must hold. make bench: every benchmark. make clean.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)
-	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for name in $$($(BIN)/python -c "from headwise import registry; print(*registry.names('benchmark'))"); do \
+		echo "== $$name"; $(BIN)/headwise bench $$name; done
 
 install: $(INSTALLED)
 

@@ -53,10 +53,10 @@ def test_cards(item):
 
 
 def test_the_inventory_is_checked_whole():
-    registered = {(kind, name) for kind in registry.kinds() for name in registry.names(kind)}
-    assert {(item.kind, item.name) for item in ITEMS} == registered
-    assert all(len(checks_for(kind)) >= 2 for kind in registry.kinds())
-    assert all(function.__doc__ for kind in registry.kinds() for function in checks_for(kind))
+    kinds = set(registry.kinds()) - {"benchmark"}  # which measures, and has nothing to conform to
+    assert {(item.kind, item.name) for item in ITEMS} == {(kind, name) for kind in kinds for name in registry.names(kind)}
+    assert all(len(checks_for(kind)) >= 2 for kind in kinds)
+    assert all(function.__doc__ for kind in kinds for function in checks_for(kind))
 
 
 # ---- the checks themselves: each must catch what it is for -------------------------------------------------------------

@@ -25,7 +25,7 @@ FLOORS = (
     {"models"},
     {"probes", "plans", "conversions"},
     {"tasks", "parallel"},
-    {"report", "testing"},
+    {"report", "testing", "benchmarks"},
     {"cli"},
 )
 ASSERTING = re.compile(r"^_?(assert|check|close|require)")
