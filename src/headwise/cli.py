@@ -1,4 +1,4 @@
-"""The command: headwise scan | view | plan | eval | generate | list | check."""
+"""The command: headwise scan | view | plan | eval | generate | bench | list | check."""
 
 from __future__ import annotations
 
@@ -290,6 +290,34 @@ def list_(
     for row in rows:
         table.add_row(row["name"], row["kind"], _escape(row["about"]), _escape(row["paper"]), str(row["year"]))
     console.print(table)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="A benchmark; see `headwise list --kind benchmark`.")] = "statistics",
+    device: Device = "cpu",
+    quick: Annotated[bool, typer.Option(help="The shortest length only.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Measures speed and memory with the peers beside us in the same run."""
+    run = registry.load("benchmark", name)
+    from .models.subject import check_device
+
+    def line(row: Any) -> None:
+        ratio = "" if row.ratio is None else f"{row.ratio:6.2f} x"
+        goal = "" if row.goal is None else f" (goal {row.goal:g} x)"
+        took = "" if row.milliseconds is None else f"{row.milliseconds:,.1f} ms"
+        extra = "" if row.extra_mib is None else f", {row.extra_mib:,.0f} MiB more"
+        note = f"  {row.note}" if row.note else ""
+        text = f"{row.tokens:>7,} tokens  {row.measure}: {row.what:<40} {took:>12} {ratio}{goal}{extra}{note}"
+        print(text, file=sys.stderr if json_ else sys.stdout, flush=True)
+
+    table = run(check_device(device), quick=quick, report=line)
+    if json_:
+        print(json.dumps(table.to_dict(), indent=1))
+        return
+    print(table.shapes)
+    print(", ".join(f"{key} {value}" for key, value in table.machine.items()))
 
 
 @app.command()

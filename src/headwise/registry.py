@@ -22,6 +22,7 @@ ROOMS = {
     "probe": "probes",
     "recipe": "plans/recipes",
     "task": "tasks",
+    "benchmark": "benchmarks",
 }
 
 

@@ -126,7 +126,9 @@ def model_stages(
     stages: list[Stage] = []
     for argument in SELECTING:
         if extras.get(argument) is not None:
-            raise UnsupportedModelError(f"{name} chooses keys by {argument}=, which cannot be read head by head yet; use the model without it")
+            raise UnsupportedModelError(
+                f"{name} chooses keys by {argument}=, which cannot be read head by head yet; use the model without it"
+            )
     if extras.get("position_bias") is not None:
         stages.append(DenseBias(extras["position_bias"]))
     if extras.get("softcap") is not None:

@@ -37,8 +37,7 @@ def run(read: Read, x: Operands) -> Tensor:
     plain = not read.scoring and read.normalizer is None
     if plain and x.aligned and (read.mask is None or (_is_causal(read) and n in (1, m))):
         causal = read.mask is not None and n > 1
-        grouped = {"enable_gqa": True} if x.groups > 1 else {}
-        out = F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=causal, scale=read.scale, **grouped)
+        out = F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=causal, scale=read.scale, enable_gqa=x.groups > 1)
         return apply_outputs(read, out, x)
     narrow = not _is_causal(read) and reachable_pairs(read, x) <= 0.75 * n * m
     rows = BLOCK_ROWS if narrow or n * m > MASK_ELEMENTS else n

@@ -254,7 +254,7 @@ def rows_kernel(
             square = square * alpha * alpha + far_square * beta * beta
             near_dist = near_dist * alpha + far_near * beta
 
-    for half in tl.range(g_from * HALVES, g_to * HALVES, num_stages=1):
+    for half in tl.range(g_from * HALVES, g_to * HALVES, num_stages=2):
         g = half // HALVES
         tile = g
         if ALIGNED and not DOCUMENTS:

@@ -199,7 +199,7 @@ def _value(statistic: Statistic, part: _Part) -> Tensor:
             own = part.frame.query_position[0]
             return torch.where(some, (own - own[0]) - part.factor("place"), 0.0)
         case Distance() if statistic in part.tables.strips:
-            return torch.where(some, statistic.window - part.strip(statistic), 0.0)
+            return torch.where(some, float(statistic.window or 0) - part.strip(statistic), 0.0)
         case PositionMass():
             return part.factor(("inside", statistic.start, statistic.stop))
         case RecentMass() if statistic in part.tables.strips:
