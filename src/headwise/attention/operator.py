@@ -32,14 +32,28 @@ def _prepare(
 
 @overload
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *stages: Stage, statistics: None = None, scale: float | None = None,
-    query_positions: Tensor | None = None, key_positions: Tensor | None = None, backend: str | None = None,
-) -> Tensor: ...  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *stages: Stage,
+    statistics: None = None,
+    scale: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
 @overload
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *stages: Stage, statistics: Sequence[str] | Mapping[str, Statistic], scale: float | None = None,
-    query_positions: Tensor | None = None, key_positions: Tensor | None = None, backend: str | None = None,
-) -> tuple[Tensor, Statistics]: ...  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *stages: Stage,
+    statistics: Sequence[str] | Mapping[str, Statistic],
+    scale: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Statistics]: ...
 def attend(
     q: Float[Tensor, "b hq n d"],
     k: Float[Tensor, "b hk m d"],
@@ -86,9 +100,16 @@ def _named(want: Sequence[str] | Mapping[str, Statistic]) -> Mapping[str, Statis
 
 
 def explain(
-    q: Tensor, k: Tensor, v: Tensor, *stages: Stage, statistics: Sequence[str] | Mapping[str, Statistic] | None = None,
-    scale: float | None = None, query_positions: Tensor | None = None, key_positions: Tensor | None = None, backend: str | None = None,
-) -> Explanation:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *stages: Stage,
+    statistics: Sequence[str] | Mapping[str, Statistic] | None = None,
+    scale: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    backend: str | None = None,
+) -> Explanation:
     """How `attend` with the same arguments would run: backend, folds, why not a faster one, expected cost."""
     read, x = _prepare(q, k, v, stages, scale, query_positions, key_positions)
     if statistics is None:

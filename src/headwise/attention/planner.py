@@ -12,7 +12,6 @@ from ..errors import BackendError
 from .backends import chunked, reference, sdpa
 from .read import Operands, Read, fold_weights, reachable_pairs
 
-
 BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "chunked": chunked, "reference": reference}
 
 
@@ -34,9 +33,13 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
-            "backend": self.backend, "folds": list(self.folds), "refused": dict(self.refused), "flops": self.flops, "bytes": self.bytes,
+            "backend": self.backend,
+            "folds": list(self.folds),
+            "refused": dict(self.refused),
+            "flops": self.flops,
+            "bytes": self.bytes,
             "statistics": self.statistics,
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         lines = [f"backend   {self.backend}"]
@@ -79,7 +82,8 @@ def plan(read: Read, x: Operands, backend: str | None = None) -> Execution:
         if reason is None:
             return Execution(folded, name, Explanation(name, tuple(folds), refused, _flops(folded, x), _bytes(folded, x, name)))
         refused[name] = reason
-    raise BackendError(f"backend {backend!r} cannot run this read: {refused[backend or '']}; leave backend= out to let the planner choose")
+    reason = refused[backend or ""]
+    raise BackendError(f"backend {backend!r} cannot run this read: {reason}; leave backend= out to let the planner choose")
 
 
 def _flops(read: Read, x: Operands) -> int:

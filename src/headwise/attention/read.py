@@ -98,7 +98,8 @@ class Operands:
         if key_positions is None:
             key_positions = torch.arange(m, device=q.device)
         if query_positions.shape[-1] != n or key_positions.shape[-1] != m:
-            raise ShapeError(f"{query_positions.shape[-1]} query and {key_positions.shape[-1]} key positions for {n} queries and {m} keys")
+            given = f"{query_positions.shape[-1]} query and {key_positions.shape[-1]} key positions"
+            raise ShapeError(f"{given} for {n} queries and {m} keys")
         return Operands(q, k, v, torch.atleast_2d(query_positions), torch.atleast_2d(key_positions), aligned)
 
     @property

@@ -14,9 +14,11 @@ from .sweeps import sweep
 ELEMENTS = 1 << 24  # of a wide row statistic held at once
 
 
-def reduced(read: Read, x: Operands, statistics: Sequence[Statistic], counted: Tensor | None, backend: str | None = None) -> list[Tensor]:
+def reduced(
+    read: Read, x: Operands, statistics: Sequence[Statistic], counted: Tensor | None, backend: str | None = None
+) -> list[Tensor]:
     """Row statistics -> (h, ...) means over batch and counted queries, float64; columns -> (h, m) sums over the batch."""
-    b, h, n, _ = x.q.shape
+    b, _, n, _ = x.q.shape
     if counted is None:
         counted = torch.ones(1, n, dtype=torch.bool, device=x.q.device)
     counted = counted.to(x.q.device).expand(b, -1)

@@ -90,7 +90,7 @@ def documents_at(ids: Tensor, places: Tensor) -> Tensor:
     return ids.expand(rows, -1).gather(1, places.clamp(min=0).expand(rows, -1))
 
 
-class Stage(ABC):
+class Stage(ABC):  # noqa: B024 - what a stage must do is up to its kind
     """One step of a read."""
 
     per_head: ClassVar[tuple[str, ...]] = ()
@@ -111,7 +111,9 @@ class Stage(ABC):
         for name in self.per_head:
             value = getattr(self, name)
             if value is not None and value.dim() > 0 and value.shape[0] not in (1, heads):
-                raise ShapeError(f"{type(self).__name__}.{name} has {value.shape[0]} entries for {heads} heads; give one for each head, or one")
+                raise ShapeError(
+                    f"{type(self).__name__}.{name} has {value.shape[0]} entries for {heads} heads; give one for each head, or one"
+                )
 
 
 class Score(Stage):

@@ -56,6 +56,7 @@ class Statistic(ABC):
 
     def check(self, x: Operands) -> None:
         """Raises: ShapeError if the statistic's own tensors do not fit the read."""
+        return
 
 
 class LogSumExp(Statistic):
@@ -144,7 +145,9 @@ class SegmentMass(Statistic):
         return torch.matmul(sweep.weights, table[:, None])
 
     def of_row(self, row: int) -> SegmentMass:
-        return self if self.segments.dim() == 1 or len(self.segments) == 1 else SegmentMass(self.segments[row : row + 1], self.count)
+        return (
+            self if self.segments.dim() == 1 or len(self.segments) == 1 else SegmentMass(self.segments[row : row + 1], self.count)
+        )
 
     def of_keys(self, count: int) -> SegmentMass:
         return SegmentMass(self.segments[..., :count], self.count)
@@ -210,7 +213,7 @@ class WeightAt(Statistic):
 
     def check(self, x: Operands) -> None:
         if self.keys.dim() != 2 or self.keys.shape[1] != x.q.shape[2] or len(self.keys) not in (1, len(x.q)):
-            raise ShapeError(f"keys to look at are {tuple(self.keys.shape)}, the read has {len(x.q)} rows of {x.q.shape[2]} queries")
+            raise ShapeError(f"keys to look at are {tuple(self.keys.shape)} for {len(x.q)} rows of {x.q.shape[2]} queries")
 
     def of(self, sweep: Sweep) -> Tensor:
         keys = self.keys[:, sweep.block.query_index].to(sweep.weights.device)
@@ -261,7 +264,9 @@ class KeyMass(Statistic):
     def check(self, x: Operands) -> None:
         if self.per not in ("head", "key_value_head"):
             raise ShapeError(f"key mass is per 'head' or per 'key_value_head', not {self.per!r}")
-        if self.rows is not None and (self.rows.dim() != 2 or self.rows.shape[1] != x.q.shape[2] or len(self.rows) not in (1, len(x.q))):
+        if self.rows is None:
+            return
+        if self.rows.dim() != 2 or self.rows.shape[1] != x.q.shape[2] or len(self.rows) not in (1, len(x.q)):
             raise ShapeError(f"counted rows are {tuple(self.rows.shape)}, the read has {len(x.q)} rows of {x.q.shape[2]} queries")
 
 

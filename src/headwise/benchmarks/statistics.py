@@ -25,12 +25,16 @@ CARD = Card(
     paper="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
     year=2022,
     room="bench",
-    source="arXiv:2205.14135: attention in tiles with an online softmax, here with statistics for accumulators; peers run in the same process",
+    source="arXiv:2205.14135: tiles with an online softmax, here with statistics for accumulators; peers run in the same process",
 )
 WINDOW = 1024
 FIVE: Mapping[str, Statistic] = {
-    "max_weight": MaxWeight(), "entropy": Entropy(), "distance": Distance(), "sink": PositionMass(0, 4), "recent": RecentMass(WINDOW),
-}  # fmt: skip
+    "max_weight": MaxWeight(),
+    "entropy": Entropy(),
+    "distance": Distance(),
+    "sink": PositionMass(0, 4),
+    "recent": RecentMass(WINDOW),
+}
 GPU_SHAPES = "bfloat16, 32 query and 8 key/value heads of size 128, causal; model: 32 such layers, width 4096, random weights"
 CPU_SHAPES = "float32, 16 heads of size 64, causal"
 EAGER_BYTES = 6 << 30  # of weights that the eager peer may hold on a CPU
@@ -59,7 +63,9 @@ def _rows(device: torch.device, quick: bool) -> Iterator[Row]:
         yield from _layer_cpu(device, tokens)
 
 
-def _tensors(device: torch.device, heads: int, kv: int, tokens: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(
+    device: torch.device, heads: int, kv: int, tokens: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, h, tokens, size, device=device, dtype=dtype, generator=generator) for h in (heads, kv, kv))
     return q, k, v
@@ -101,13 +107,23 @@ def _layer_gpu(device: torch.device, tokens: int) -> Iterator[Row]:
     took = base.milliseconds
     yield measured("layer", "flash attention alone", tokens, fused(SDPBackend.FLASH_ATTENTION), device, base=took)
     yield measured(
-        "layer", "output + 5 statistics", tokens, lambda: attend(q, k, v, causal, statistics=FIVE), device, base=took,
+        "layer",
+        "output + 5 statistics",
+        tokens,
+        lambda: attend(q, k, v, causal, statistics=FIVE),
+        device,
+        base=took,
         goal={32768: 1.7, 131072: 1.6}.get(tokens),
-    )  # fmt: skip
+    )
     yield measured(
-        "layer", "5 statistics", tokens, lambda: gather(q, k, causal, want=FIVE), device, base=took,
+        "layer",
+        "5 statistics",
+        tokens,
+        lambda: gather(q, k, causal, want=FIVE),
+        device,
+        base=took,
         goal={32768: 0.75, 131072: 0.7}.get(tokens),
-    )  # fmt: skip
+    )
     mass = {"key_mass": KeyMass(per="key_value_head")}
     yield measured("layer", "key mass of 8 key heads", tokens, lambda: gather(q, k, causal, want=mass), device, base=took)
 
@@ -124,12 +140,24 @@ def _layer_cpu(device: torch.device, tokens: int) -> Iterator[Row]:
     q, k, v = _tensors(device, 16, 16, tokens, 64, torch.float32)
     causal = Causal()
     base = measured(
-        "layer", "fused attention alone", tokens, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device, seconds=3.0
+        "layer",
+        "fused attention alone",
+        tokens,
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        device,
+        seconds=3.0,
     )
     yield base
     took = base.milliseconds
     yield measured(
-        "layer", "output + 5 statistics", tokens, lambda: attend(q, k, v, causal, statistics=FIVE), device, base=took, goal=1.8, seconds=3.0
+        "layer",
+        "output + 5 statistics",
+        tokens,
+        lambda: attend(q, k, v, causal, statistics=FIVE),
+        device,
+        base=took,
+        goal=1.8,
+        seconds=3.0,
     )
     yield measured("layer", "5 statistics", tokens, lambda: gather(q, k, causal, want=FIVE), device, base=took, seconds=3.0)
     yield measured("layer", "key mass", tokens, lambda: gather(q, k, causal, want={"m": KeyMass()}), device, base=took, seconds=3.0)
@@ -142,9 +170,16 @@ def _layer_cpu(device: torch.device, tokens: int) -> Iterator[Row]:
 def _model(device: torch.device, lengths: tuple[int, ...]) -> Iterator[Row]:
     """A decoder of 8 billion parameters' shape with random weights: a plain pass, and one with statistics of all heads."""
     config = transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        vocab_size=32000, max_position_embeddings=131072, dtype=torch.bfloat16,
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=32000,
+        max_position_embeddings=131072,
+        dtype=torch.bfloat16,
+    )
     with torch.device(device):
         model: Any = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
     subject = Subject(model, name="8B-shaped")
@@ -165,8 +200,12 @@ def _output_attentions(model: Any, inputs: Mapping[str, Tensor], tokens: int, de
     model.set_attn_implementation("eager")
     try:
         return measured(
-            "model", "peer: output_attentions=True", tokens, lambda: model(**inputs, output_attentions=True, use_cache=False, logits_to_keep=1),
-            device, base=base,
-        )  # fmt: skip
+            "model",
+            "peer: output_attentions=True",
+            tokens,
+            lambda: model(**inputs, output_attentions=True, use_cache=False, logits_to_keep=1),
+            device,
+            base=base,
+        )
     finally:
         model.set_attn_implementation("sdpa")

@@ -63,7 +63,8 @@ def _rows(read: Read, x: Operands, start: int, stop: int) -> Tensor:
         logit = read.normalizer.extra_logit()
         assert logit is not None
         b, h, c, m = x.q.shape[0], x.q.shape[1], stop - start, key.shape[2]
-        attn_mask = torch.zeros_like(attn_mask, dtype=x.q.dtype).masked_fill(~visible, -torch.inf) if not read.scoring else attn_mask
+        if not read.scoring:
+            attn_mask = torch.zeros_like(attn_mask, dtype=x.q.dtype).masked_fill(~visible, -torch.inf)
         extra = logit.to(x.q.dtype).view(1, -1, 1, 1).expand(b, h, c, 1)
         attn_mask = torch.cat([attn_mask.expand(b, h, c, m), extra], dim=-1)
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))

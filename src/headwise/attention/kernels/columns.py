@@ -130,18 +130,20 @@ def columns_kernel(
         row = b * heads + head
         q_base = q_ptr + b.to(tl.int64) * q_sb + head.to(tl.int64) * q_sh
         first_rows = masked_stop - low
-        for step in range(0, first_rows + stop - whole_stop):  # the diagonal, and the rows that are no whole block
+        for step in range(first_rows + stop - whole_stop):  # the diagonal, and the rows that are no whole block
             block = tl.where(step < first_rows, low + step, whole_stop + step - first_rows)
-            p = _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n, offset, d, scale, window, sink, near, far,
-                         query_pos_ptr, query_doc_ptr, b * pos_sb_q, b * doc_sb_q, count_ptr, b * count_sb,
-                         CAUSAL, WINDOWED, ALIGNED, DOCUMENTS, HORIZON, COUNTED, SOFTCAP, True, M, N, BLOCK_D, WHOLE_D, EXACT)  # fmt: skip
+            p = _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n, offset, d, scale, window, sink,
+                         near, far, query_pos_ptr, query_doc_ptr, b * pos_sb_q, b * doc_sb_q, count_ptr, b * count_sb,
+                         CAUSAL, WINDOWED, ALIGNED, DOCUMENTS, HORIZON, COUNTED, SOFTCAP, True,
+                         M, N, BLOCK_D, WHOLE_D, EXACT)  # fmt: skip
             i = block * M + tl.arange(0, M)
             p = tl.where((i >= rows_start)[None, :], p, 0.0)
             got += tl.sum(tl.reshape(p, [N, M // CLASSES, CLASSES]), 1)
         for block in tl.range(masked_stop, whole_stop, num_stages=STAGES):
-            p = _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n, offset, d, scale, window, sink, near, far,
-                         query_pos_ptr, query_doc_ptr, b * pos_sb_q, b * doc_sb_q, count_ptr, b * count_sb,
-                         CAUSAL, WINDOWED, ALIGNED, DOCUMENTS, HORIZON, COUNTED, SOFTCAP, False, M, N, BLOCK_D, WHOLE_D, EXACT)  # fmt: skip
+            p = _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n, offset, d, scale, window, sink,
+                         near, far, query_pos_ptr, query_doc_ptr, b * pos_sb_q, b * doc_sb_q, count_ptr, b * count_sb,
+                         CAUSAL, WINDOWED, ALIGNED, DOCUMENTS, HORIZON, COUNTED, SOFTCAP, False,
+                         M, N, BLOCK_D, WHOLE_D, EXACT)  # fmt: skip
             got += tl.sum(tl.reshape(p, [N, M // CLASSES, CLASSES]), 1)
     if PER_KV:
         out_row = b * kv_heads + kv

@@ -103,7 +103,8 @@ def rows_kernel(
         v_base = v_ptr + b.to(tl.int64) * v_sb + kv.to(tl.int64) * v_sh
 
     # ---- which tiles: `general` ones need masks or the statistics of near places, `plain` ones need neither -----------
-    # keys, where all are in order:  head | begin..edge | (plain) | recent_low..recent_high | (plain) | near..near_stop | (plain) | tail
+    # where all keys are in order:
+    # head | begin..edge | (plain) | recent_low..recent_high | (plain) | near_begin..near_stop | (plain) | right_stop..stop
     tiles = tl.cdiv(m, N)
     low = r0 + offset  # places of this block's queries, where aligned
     high = low + M - 1
@@ -183,7 +184,8 @@ def rows_kernel(
     for phase in tl.static_range(2 if RECENT or LOCAL else 1):
         # first the tiles that are nobody's recent keys, then those that are everybody's; each with sums of its own
         if phase == 1 and not OUTPUT:
-            far_top, far_total, far_z, far_dist, far_dist2, far_square, far_near = top, total, mean_z, dist, dist2, square, near_dist
+            far_top, far_total, far_z, far_dist = top, total, mean_z, dist
+            far_dist2, far_square, far_near = dist2, square, near_dist
             top = tl.full([M, C], NEG, tl.float32)
             total = tl.zeros([M, C], tl.float32)
             mean_z = tl.zeros([M, C], tl.float32)
@@ -309,7 +311,8 @@ def rows_kernel(
         if NEAR:
             near_dist = near_dist * alpha + tl.sum(p * tl.minimum(away_f, near * 1.0), 1)
         if OUTPUT:
-            v = tl.load(v_base + j[:, None].to(tl.int64) * v_sn + cv[None, :], mask=(j < m)[:, None] & (cv < dv)[None, :], other=0.0)
+            there_v = (j < m)[:, None] & (cv < dv)[None, :]
+            v = tl.load(v_base + j[:, None].to(tl.int64) * v_sn + cv[None, :], mask=there_v, other=0.0)
             acc = acc * tl.reshape(alpha, [M, 1])
             if EXACT:
                 acc = tl.dot(tl.reshape(p, [M, PART]).to(v.dtype), v, acc, input_precision="ieee")

@@ -18,7 +18,9 @@ from . import blocked, chunked, folded, kernel
 SWEEPS: dict[str, ModuleType] = {"kernel": kernel, "blocked": blocked, "folded": folded, "chunked": chunked}
 
 
-def choose(read: Read, x: Operands, statistics: Sequence[Statistic], backend: str | None = None) -> tuple[list[str], dict[str, str]]:
+def choose(
+    read: Read, x: Operands, statistics: Sequence[Statistic], backend: str | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Which sweep gathers each statistic, and why those before it in turn do not.
 
     Where gradients are wanted: folded, chunked. Else kernel on a GPU, blocked on a CPU, chunked for what they cannot do.

@@ -17,9 +17,11 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
     return None
 
 
-def run(read: Read, x: Operands, statistics: Sequence[Statistic], output: bool, rows: int | None = None) -> tuple[Tensor | None, list[Tensor]]:
+def run(
+    read: Read, x: Operands, statistics: Sequence[Statistic], output: bool, rows: int | None = None
+) -> tuple[Tensor | None, list[Tensor]]:
     """The output (b, h, n, dv) before output stages, or None, and every statistic. Memory O(n x rows), backward too."""
-    b, h, n, _ = x.q.shape
+    n = x.q.shape[2]
 
     def block(start: int, stop: int) -> list[Tensor]:
         keys = needed_keys(read, x, start, stop)

@@ -35,7 +35,7 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
 
 def run(read: Read, x: Operands, statistics: Sequence[Statistic], output: bool) -> tuple[Tensor | None, list[Tensor]]:
     """The output (b, h, n, dv) before output stages, or None, and every statistic, from one fused call."""
-    b, kv, m = x.k.shape[0], x.k.shape[1], x.k.shape[2]
+    b, kv = x.k.shape[:2]
     tables = [_factors(statistic, x) for statistic in statistics]
     values = [table.to(x.q.dtype)[:, None].expand(b, kv, -1, -1) for table in tables]
     if output:

@@ -59,7 +59,7 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
         return f"it knows bfloat16, float16 and float32, not {str(x.q.dtype).removeprefix('torch.')}"
     if x.q.shape[-1] > 256 or (x.v is not None and x.v.shape[-1] > 256):
         return f"heads of size {max(x.q.shape[-1], 0 if x.v is None else x.v.shape[-1])} are larger than 256"
-    if read.weights or any(stage.per_head or getattr(stage, "softcap", lambda: None)() is None for stage in read.scoring) or len(read.scoring) > 1:
+    if read.weights or len(read.scoring) > 1 or any(getattr(stage, "softcap", _none)() is None for stage in read.scoring):
         return "it knows masks, a softcap and a sink logit, no other stage"
     if read.normalizer is not None and read.normalizer.extra_logit() is None:
         return f"{type(read.normalizer).__name__} is no softmax"
@@ -70,6 +70,10 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
     if not isinstance(statistic, ROW_KINDS + LATER_KINDS):
         return f"{type(statistic).__name__} has no kernel"
     return None
+
+
+def _none() -> None:
+    """What a stage that is no softcap says of its cap."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Tile:
 
 
 def row_tile(d: int, bits: int, output: bool) -> Tile:
-    """Tiles of the row kernel, measured on Hopper (see benchmarks/): registers are capped so that two programs of 8 warps share a processor."""
+    """Tiles of the row kernel, measured on Hopper (see benchmarks/): registers are capped so that two programs fit a processor."""
     classes = 1 if output else 8
     if bits == 32:
         return Tile(64, 32, classes, 4, 2) if d <= 128 else Tile(32, 32, classes, 4, 1)
@@ -216,7 +220,7 @@ def rows(
         a.q, a.k, value, out if out is not None else stats, stats, *places, *docs,
         a.logit if a.logit is not None else stats,
         *a.q.stride()[:3], *a.k.stride()[:3], *value.stride()[:3], b * heads * n,
-        places[0].stride(0), places[1].stride(0), docs[0].stride(0), docs[1].stride(0),
+        *(t.stride(0) for t in (*places, *docs)),
         heads, kv_heads, n, m, d, value.shape[-1], a.scale, *a.window, first, recent, near,
         **a.constants, LOGIT=a.logit is not None, OUTPUT=v is not None,
         **{slot: slot in want for slot in SLOTS},
@@ -251,9 +255,14 @@ def _merge(parts: Tensor, logit: Tensor | None) -> Tensor:
 
 
 def columns(
-    a: Arguments, lse: Tensor, *, count: Tensor | None = None, queries: tuple[int, int] | None = None, horizon: tuple[int, int] | None = None,
-    per_key_value_head: bool = False, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
+    a: Arguments,
+    lse: Tensor,
+    *,
+    count: Tensor | None = None,
+    horizon: tuple[int, int] | None = None,
+    per_key_value_head: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
     """(b, h, m), or (b, hk, m): weights summed over queries, or over the queries near..far places later."""
     from ..kernels.columns import columns_kernel
 
@@ -264,14 +273,14 @@ def columns(
     out = a.q.new_empty((b, owners, m), dtype=torch.float32)
     docs, places = a.pair(a.documents), a.pair(a.places)
     counted = count.float().expand(b, -1).contiguous() if count is not None else lse
-    start, stop = queries or (0, n)
     near, far = horizon or (0, 0)
     columns_kernel[(-(-m // cut.n) * b * owners,)](
         a.q, a.k, lse, out, *places, *docs, counted,
-        *a.q.stride()[:3], *a.k.stride()[:3], places[0].stride(0), places[1].stride(0), docs[0].stride(0), docs[1].stride(0), counted.stride(0),
-        heads, kv_heads, n, m, d, a.scale, *a.window, near, far, start, stop,
+        *a.q.stride()[:3], *a.k.stride()[:3], *(t.stride(0) for t in (*places, *docs, counted)),
+        heads, kv_heads, n, m, d, a.scale, *a.window, near, far, 0, n,
         **a.constants, HORIZON=horizon is not None, COUNTED=count is not None, PER_KV=per_key_value_head,
-        M=cut.m, N=cut.n, BLOCK_D=_power(d), WHOLE_D=_power(d) == d, CLASSES=cut.classes, EXACT=bits == 32, STAGES=cut.stages, **cut.launch,
+        M=cut.m, N=cut.n, BLOCK_D=_power(d), WHOLE_D=_power(d) == d, CLASSES=cut.classes, EXACT=bits == 32, STAGES=cut.stages,
+        **cut.launch,
     )  # fmt: skip
     return out
 
@@ -289,7 +298,7 @@ def segments(a: Arguments, lse: Tensor, ids: Tensor, count: int) -> Tensor:
     strides = [0 if len(t) == 1 else t.stride(0) for t in (ids, distinct, counts)]
     segments_kernel[(-(-n // tile_rows) * b * heads,)](
         a.q, a.k, lse, out, ids, distinct, counts, *places, *docs,
-        *a.q.stride()[:3], *a.k.stride()[:3], places[0].stride(0), places[1].stride(0), docs[0].stride(0), docs[1].stride(0), *strides,
+        *a.q.stride()[:3], *a.k.stride()[:3], *(t.stride(0) for t in (*places, *docs)), *strides,
         heads, kv_heads, n, m, d, a.scale, *a.window, count,
         **a.constants, M=tile_rows, N=size, BLOCK_D=_power(d), EXACT=bits == 32, num_warps=4,
     )  # fmt: skip
@@ -409,7 +418,7 @@ def _as_segments(spans: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weight_at(a: Arguments, lse: Tensor, keys: Tensor, rows_at_once: int = 4096) -> Tensor:
     """(b, h, n): one weight of each row, from its own dot product."""
-    b, heads, n, d = a.q.shape
+    b, _, n, d = a.q.shape
     index = keys.expand(b, -1).clamp(min=0)
     seen = (keys >= 0).expand(b, -1) & a.sees(index)
     parts = []
