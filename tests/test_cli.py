@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -232,7 +230,10 @@ def test_view_serves_the_report_to_this_machine_only(tmp_path):
     (tmp_path / "heads.json").write_text("{}")
     (tmp_path / "secret.txt").write_text("secret")
     server = subprocess.Popen(
-        [sys.executable, "-m", "headwise", "view", str(tmp_path), "--no-browser"], stdout=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-m", "headwise", "view", str(tmp_path), "--no-browser"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         address = server.stdout.readline().strip()
@@ -252,8 +253,10 @@ def test_view_serves_the_report_to_this_machine_only(tmp_path):
         assert get("/report.html", name="evil.example")[0] == 404
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
-        time.sleep(0)
+        try:
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
 
 
 def test_every_error_is_ours():
