@@ -34,6 +34,7 @@ from ..statistic import (
 
 ROWS = 128
 ELEMENTS = 1 << 20  # of scores in a block
+RUN = 8  # blocks of rows that go through the heads together
 HIDDEN = -1.0e30  # stands for -inf, where 0 * -inf would be NaN
 
 
@@ -61,35 +62,37 @@ def run(read: Read, x: Operands, statistics: Sequence[Statistic], output: bool) 
         mine = [statistic.of_row(row) for statistic in statistics]
         q, k = own.q[0].to(dtype) * read.scale, own.k[0].to(dtype)
         room = _Room(k, own.v[0].to(dtype) if output and own.v is not None else None)
-        for start in range(0, n, ROWS):
-            stop = min(start + ROWS, n)
-            keys = needed_keys(read, own, start, stop)
-            frame = _frame(own, start, stop, keys)
-            hidden = None if triangular else ~visibility(read, frame)[0, 0].expand(stop - start, len(frame.key_index))
-            taken = slice(None) if keys is None else keys
-            tables = _tables(mine, frame, pattern.causal, triangular, dtype)
-            values = room.factors(torch.stack(list(tables.factors.values()), dim=-1), keys)
-            count = max(1, ELEMENTS // (groups * (stop - start) * len(frame.key_index)))
-            for first in range(0, len(k), count):
+        for begin in range(0, n, ROWS * RUN):
+            blocks = [
+                _block_of(read, own, mine, start, min(start + ROWS, n), pattern.causal, triangular, dtype)
+                for start in range(begin, min(begin + ROWS * RUN, n), ROWS)
+            ]
+            rows, longest = blocks[0].stop - blocks[0].start, max(len(block.frame.key_index) for block in blocks)
+            count = max(1, ELEMENTS // (groups * rows * longest))
+            for first in range(
+                0, len(k), count
+            ):  # heads one after another, so that their keys stay in the cache for a run of blocks
                 kv = slice(first, min(first + count, len(k)))
-                at = row, slice(first * groups, kv.stop * groups), slice(start, stop)
-                part = _part(q[at[1], at[2]], k[kv, taken], values[kv], hidden, frame, room)
-                sums.take(at, part, tables, mine)
-                if out is not None:
-                    out[at] = part.products[..., part.products.shape[-1] - out.shape[-1] :] / part.divisor
-                for i, statistic in enumerate(mine):
-                    if i in tables.short:
-                        continue
-                    value = _from_weights(statistic, part)
-                    result = others.get(i)
-                    if result is None:
-                        result = others[i] = value.new_zeros(b, h, m if statistic.columns else n, *value.shape[2:])
-                    if not statistic.columns:
-                        result[at] = value
-                    elif isinstance(keys, Tensor):
-                        result[at[:2]] = result[at[:2]].index_add(1, keys, value)
-                    else:
-                        result[at[:2]][:, taken] += value
+                heads = slice(first * groups, kv.stop * groups)
+                for block in blocks:
+                    at = row, heads, slice(block.start, block.stop)
+                    part = _part(q[at[1], at[2]], k[kv, block.taken], room.factors(block, kv), block, room)
+                    sums.take(at, part, block, mine)
+                    if out is not None:
+                        out[at] = part.products[..., part.products.shape[-1] - out.shape[-1] :] / part.divisor
+                    for i, statistic in enumerate(mine):
+                        if i in block.short:
+                            continue
+                        value = _from_weights(statistic, part)
+                        result = others.get(i)
+                        if result is None:
+                            result = others[i] = value.new_zeros(b, h, m if statistic.columns else n, *value.shape[2:])
+                        if not statistic.columns:
+                            result[at] = value
+                        elif isinstance(block.taken, Tensor):
+                            result[at[:2]] = result[at[:2]].index_add(1, block.taken, value)
+                        else:
+                            result[at[:2]][:, block.taken] += value
     found = [others[i] if i in others else sums.value(i, statistic) for i, statistic in enumerate(statistics)]
     return out, [s.finish(total, x) for s, total in zip(statistics, found, strict=True)]
 
@@ -103,21 +106,20 @@ class _Room:
         self._blocks: dict[str, Tensor] = {}
         self._later = torch.zeros(0, 0, dtype=torch.bool)
 
-    def factors(self, values: Tensor, keys: KeyIndex) -> Tensor:
-        """(kv, m, columns + dv): factors of the keys (m, columns), and beside them the values of each key/value head."""
-        columns = values.shape[-1]
+    def factors(self, block: _Block, kv: slice) -> Tensor:
+        """(kv, m, columns + dv): factors of the block's keys, and beside them the values of some key/value heads."""
+        values, count = block.values, kv.stop - kv.start
         width = self._v.shape[-1] if self._v is not None else 0
-        spare = max(-(columns + width) % 8, 16 - columns - width)  # columns of zeros: odd widths are slow in matrix products
+        spare = max(-(values.shape[-1] + width) % 8, 16 - values.shape[-1] - width)  # odd widths are slow in matrix products
         values = F.pad(values, (0, spare))
-        columns += spare
         if self._v is None:
-            return values.expand(len(self._k), -1, -1)
-        if isinstance(keys, Tensor):
-            return torch.cat([values.expand(len(self._k), -1, -1), self._v[:, keys]], dim=-1)
+            return values.expand(count, -1, -1)
+        if isinstance(block.taken, Tensor):
+            return torch.cat([values.expand(count, -1, -1), self._v[kv, block.taken]], dim=-1)
         if self._wide is None:
-            self._wide = torch.cat([self._k.new_empty(*self._k.shape[:2], columns), self._v], dim=-1)
-        wide = self._wide if keys is None else self._wide[:, keys]
-        wide[..., :columns] = values
+            self._wide = torch.cat([self._k.new_empty(*self._k.shape[:2], values.shape[-1]), self._v], dim=-1)
+        wide = self._wide[kv, block.taken]
+        wide[..., : values.shape[-1]] = values
         return wide
 
     def later(self, count: int) -> Tensor:
@@ -136,14 +138,22 @@ class _Room:
 
 
 @dataclass(frozen=True)
-class _Tables:
-    """What a block's rows are summed with, made once for all heads.
+class _Block:
+    """Rows start..stop-1 against the keys `taken`, and what they are summed with, made once for all heads.
 
-    factors: (m,) each, of the key alone. strips, by number of the statistic: (c, s) of query and key, for the last s + rest
+    frame: their places; its tensors are not for use, since grouped heads are not repeated. hidden: (c, m) pairs that the
+    mask hides; None where only keys later than their query are, of the last c. values: (m, factors), what depends on the key
+    alone; places: which factor is which. strips, by number of the statistic: (c, s) of query and key, for the last s + rest
     keys, of which the `rest` are all counted in full. short: the statistics that need no more than these.
     """
 
-    factors: dict[Hashable, Tensor]
+    start: int
+    stop: int
+    taken: slice | Tensor
+    frame: Block
+    hidden: Tensor | None
+    values: Tensor
+    places: dict[Hashable, int]
     strips: dict[int, tuple[Tensor, int]]
     short: set[int]
 
@@ -183,15 +193,15 @@ class _Sums:
             self._held[key] = self._x.q.new_empty(*self._x.q.shape[:3], *value.shape[2:], dtype=self._dtype)
         self._held[key][at] = value
 
-    def take(self, at: tuple[int, slice, slice], part: _Part, tables: _Tables, statistics: Sequence[Statistic]) -> None:
+    def take(self, at: tuple[int, slice, slice], part: _Part, block: _Block, statistics: Sequence[Statistic]) -> None:
         """Keeps one block's sums."""
-        self._places = {key: i for i, key in enumerate(tables.factors)}
+        self._places = block.places
         self._put("top", at, part.top)
-        self._put("products", at, part.products[..., : len(tables.factors)])
+        self._put("products", at, part.products[..., : len(block.places)])
         if any(isinstance(statistic, Entropy) for statistic in statistics):
             weighted = torch.mul(part.raised, part.shifted, out=part.room.block("weighted", *part.raised.shape))
             self._put("spread", at, weighted.sum(-1))
-        for i, (table, rest) in tables.strips.items():
+        for i, (table, rest) in block.strips.items():
             stop = part.raised.shape[-1] - rest
             counted = (part.raised[..., stop - table.shape[-1] : stop] * table).sum(-1)
             self._put(i, at, counted + part.raised[..., stop:].sum(-1) if rest else counted)
@@ -230,53 +240,72 @@ class _Sums:
         raise TypeError(f"{type(statistic).__name__} is not made of sums")
 
 
-def _frame(x: Operands, start: int, stop: int, keys: KeyIndex) -> Block:
-    """Places of rows start..stop-1 and of their keys. Its tensors are not for use: grouped heads are not repeated."""
-    index, place = torch.arange(x.k.shape[2]), x.key_position
-    if keys is not None:
-        index, place = index[keys], place[:, keys]
-    return Block(x.q[:, :, start:stop], x.k, torch.arange(start, stop), index, x.query_position[:, start:stop], place)
-
-
-def _tables(statistics: Sequence[Statistic], frame: Block, causal: bool, triangular: bool, dtype: torch.dtype) -> _Tables:
+def _block_of(
+    read: Read,
+    x: Operands,
+    statistics: Sequence[Statistic],
+    start: int,
+    stop: int,
+    causal: bool,
+    triangular: bool,
+    dtype: torch.dtype,
+) -> _Block:
     """Strips only where the last keys are the nearest ones; statistics that are not `short` are computed by their own formula."""
-    place, own = frame.key_position[0], frame.query_position[0]
+    keys: KeyIndex = needed_keys(read, x, start, stop)
+    index, key_position = torch.arange(x.k.shape[2]), x.key_position
+    if keys is not None:
+        index, key_position = index[keys], key_position[:, keys]
+    frame = Block(x.q[:, :, start:stop], x.k, torch.arange(start, stop), index, x.query_position[:, start:stop], key_position)
+    hidden = None if triangular else ~visibility(read, frame)[0, 0].expand(stop - start, len(index))
+    place, own = key_position[0], frame.query_position[0]
     factors: dict[Hashable, Tensor] = {"one": torch.ones_like(place, dtype=dtype)}
     strips: dict[int, tuple[Tensor, int]] = {}
-    short = {
-        i
-        for i, statistic in enumerate(statistics)
-        if isinstance(statistic, LogSumExp | MaxWeight | Entropy | PositionMass | SpanMass)
-    }
+    short = set()
     for i, statistic in enumerate(statistics):
-        if isinstance(statistic, Distance) and statistic.window is None and causal:
-            factors["place"] = (place - own[0]).to(dtype)  # relative, so that near places stay exact
-            short.add(i)
-        elif isinstance(statistic, PositionMass | LocalMass):
-            start, stop = (0, statistic.sink) if isinstance(statistic, LocalMass) else (statistic.start, statistic.stop)
-            factors["inside", start, stop] = ((place >= start) & (place < stop)).to(dtype)
-        elif isinstance(statistic, SpanMass):
-            spans = statistic.spans.reshape(-1, statistic.spans.shape[-1]).to(dtype)[:, frame.key_index]
-            factors |= {(i, j): span for j, span in enumerate(spans)}
-        if triangular and isinstance(statistic, RecentMass | LocalMass | Distance) and statistic.window is not None:
-            short.add(i)
-            near = place[max(0, len(place) - len(own) - statistic.window + 1) :]
-            left = (statistic.window - (own[:, None] - near[None]).abs()).clamp(min=0)
-            if isinstance(statistic, Distance):
-                strips[i] = left.to(dtype), 0
-                continue
-            counted = (left > 0) & (near >= (statistic.sink if isinstance(statistic, LocalMass) else 0))
-            full = counted | (near[None] > own[:, None])  # later keys weigh nothing, however they are counted
-            rest = int(full.all(0).flip(0).long().cumprod(0).sum())
-            strips[i] = counted[:, : len(near) - rest].to(dtype), rest
-    return _Tables(factors, strips, short)
+        match statistic:
+            case LogSumExp() | MaxWeight() | Entropy():
+                short.add(i)
+            case Distance(window=None) if causal:
+                factors["place"] = (place - own[0]).to(dtype)  # relative, so that near places stay exact
+                short.add(i)
+            case PositionMass():
+                factors["inside", statistic.start, statistic.stop] = ((place >= statistic.start) & (place < statistic.stop)).to(
+                    dtype
+                )
+                short.add(i)
+            case SpanMass():
+                spans = statistic.spans.reshape(-1, statistic.spans.shape[-1]).to(dtype)[:, index]
+                factors |= {(i, j): span for j, span in enumerate(spans)}
+                short.add(i)
+            case RecentMass() | LocalMass() | Distance() if triangular and statistic.window is not None:
+                strips[i] = _strip(statistic, place, own, dtype)
+                short.add(i)
+                if isinstance(statistic, LocalMass):
+                    factors["inside", 0, statistic.sink] = ((place >= 0) & (place < statistic.sink)).to(dtype)
+    places = {key: i for i, key in enumerate(factors)}
+    taken = slice(None) if keys is None else keys
+    return _Block(start, stop, taken, frame, hidden, torch.stack(list(factors.values()), dim=-1), places, strips, short)
 
 
-def _part(q: Tensor, k: Tensor, factors: Tensor, hidden: Tensor | None, frame: Block, room: _Room) -> _Part:
-    """q (h, c, d), k (kv, m, d), factors (kv, m, columns); hidden (c, m), or None where the last c keys are the queries'."""
+def _strip(statistic: RecentMass | LocalMass | Distance, place: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """How much each near key counts for each query; and how many of the last keys count in full for all."""
+    window = statistic.window or 0
+    near = place[max(0, len(place) - len(own) - window + 1) :]
+    left = (window - (own[:, None] - near[None]).abs()).clamp(min=0)
+    if isinstance(statistic, Distance):
+        return left.to(dtype), 0
+    counted = (left > 0) & (near >= (statistic.sink if isinstance(statistic, LocalMass) else 0))
+    full = counted | (near[None] > own[:, None])  # later keys weigh nothing, however they are counted
+    rest = int(full.all(0).flip(0).long().cumprod(0).sum())
+    return counted[:, : len(near) - rest].to(dtype), rest
+
+
+def _part(q: Tensor, k: Tensor, factors: Tensor, block: _Block, room: _Room) -> _Part:
+    """q (h, c, d), k (kv, m, d), factors (kv, m, columns)."""
     h, c, d = q.shape
     kv, m, _ = k.shape
     s = torch.bmm(q.reshape(kv, -1, d), k.transpose(1, 2), out=room.block("scores", kv, h // kv * c, m)).view(h, c, m)
+    hidden = block.hidden
     if hidden is None:
         s[:, :, m - c :].masked_fill_(room.later(c), HIDDEN)
     else:
@@ -286,7 +315,7 @@ def _part(q: Tensor, k: Tensor, factors: Tensor, hidden: Tensor | None, frame: B
     raised = torch.exp(s, out=room.block("raised", h, c, m))
     if hidden is not None:
         raised.masked_fill_((top <= HIDDEN)[..., None], 0.0)  # rows that see nothing
-    return _Part(s, raised, top, torch.bmm(raised.view(kv, -1, m), factors).view(h, c, -1), frame, room)
+    return _Part(s, raised, top, torch.bmm(raised.view(kv, -1, m), factors).view(h, c, -1), block.frame, room)
 
 
 def _from_weights(statistic: Statistic, part: _Part) -> Tensor:
