@@ -1,0 +1,71 @@
+"""The benchmark command: rows with their peers beside them, in text and in JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from headwise import cli
+from headwise.benchmarks import _measure
+from headwise.benchmarks import statistics as module
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The CPU layer at a length that takes no time."""
+    layer = module._layer_cpu
+    monkeypatch.setattr(module, "_layer_cpu", lambda device, tokens: layer(device, 128))
+    monkeypatch.setattr(_measure, "milliseconds", lambda run, device, seconds: run() is None or 2.0)
+
+
+def bench(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["headwise", "bench", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0, *capsys.readouterr()
+
+
+def test_bench_prints_rows_and_json(small, monkeypatch, capsys):
+    code, out, err = bench(monkeypatch, capsys, "statistics", "--quick", "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert [row["what"] for row in data["rows"]] == [
+        "fused attention alone", "output + 5 statistics", "5 statistics", "key mass", "peer: eager weights",
+    ]  # fmt: skip
+    assert [row["ratio"] for row in data["rows"]] == [None, 1.0, 1.0, 1.0, 1.0]
+    assert data["machine"]["torch"] == torch.__version__
+    assert "goal 1.8 x" in err
+    code, out, _ = bench(monkeypatch, capsys, "--quick")
+    assert code == 0
+    assert "peer: eager weights" in out
+
+
+def test_bench_says_what_is_wrong(monkeypatch, capsys):
+    code, _, err = bench(monkeypatch, capsys, "speedy")
+    assert code == 2
+    assert "there is no benchmark 'speedy'; there are: statistics" in err
+    if not torch.cuda.is_available():
+        code, _, err = bench(monkeypatch, capsys, "statistics", "--device", "cuda")
+        assert code == 2
+        assert "no such NVIDIA GPU" in err
+
+
+def test_what_runs_out_of_memory_is_a_row():
+    def greedy():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    row = _measure.measured("layer", "greedy", 8, greedy, torch.device("cpu"), note="as said")
+    assert row.milliseconds is None
+    assert row.note == "out of memory; as said"
+    with pytest.raises(ValueError, match="other"):
+        _measure.measured("layer", "broken", 8, lambda: (_ for _ in ()).throw(ValueError("other")), torch.device("cpu"))
+
+
+def test_the_median_of_repeats():
+    counted = []
+    took = _measure.milliseconds(lambda: counted.append(1), torch.device("cpu"), seconds=0.0)
+    assert len(counted) == 5
+    assert took >= 0
