@@ -44,7 +44,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"backend   {self.backend}"]
         lines += [f"fold      {fold}" for fold in self.folds]
-        lines += [f"not {name:<6}{reason}" for name, reason in self.refused.items()]
+        lines += [f"not {name:<9} {reason}" for name, reason in self.refused.items()]
         lines += [f"sweep     {name}: {sweep}" for name, sweep in (self.statistics or {}).items()]
         lines.append(f"expected  {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB")
         return "\n".join(lines)

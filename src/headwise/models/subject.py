@@ -22,6 +22,7 @@ from .layout import Layout, Stack
 from .session import Session, Tap, session_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_LANGUAGE_MODEL = "the model is no decoder that predicts each next token of one row"
 CHUNK_LOGITS = 2**28  # elements of logits held at once when losses are computed
 
 

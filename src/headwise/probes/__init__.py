@@ -1,6 +1,19 @@
 """What each head does: one file a probe, each returning a HeadTable, none keeping n x n weights."""
 
+from ._material import Batch, Material, Request
 from ._measure import Measurement, measure, probe
-from ._probe import Probe
+from ._probe import CallProbe, Observation, Planted, Probe, queries
 
-__all__ = ["Measurement", "Probe", "measure", "probe"]
+__all__ = [
+    "Batch",
+    "CallProbe",
+    "Material",
+    "Measurement",
+    "Observation",
+    "Planted",
+    "Probe",
+    "Request",
+    "measure",
+    "probe",
+    "queries",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..models.layout import Stack
-from ..models.subject import Subject
+from ..models.subject import NO_LANGUAGE_MODEL, Subject
 
 NEEDLE_TOKENS = 256  # the least context that a needle with its distractors needs
 
@@ -30,7 +30,7 @@ def needed_with(subject: Subject) -> list[Stack]:
 def predicts_tokens(subject: Subject, stack: Stack) -> str | None:
     """Whether the model predicts the next token, and this stack is the one that does."""
     if not subject.is_language_model:
-        return "the model predicts no next token"
+        return NO_LANGUAGE_MODEL
     if stack.name != subject.main.name:
         return f"only the {subject.main.name} is asked about predictions"
     return None

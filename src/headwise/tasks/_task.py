@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from ..models.subject import Subject
+from ..models.subject import NO_LANGUAGE_MODEL, Subject
 
 Advance = Callable[[int], None]
 Metrics = dict[str, Any]  # name -> number, or a JSON-able breakdown whose name says by what
@@ -22,7 +22,7 @@ class Task(ABC):
 
     def why_not(self, subject: Subject) -> str | None:
         """Why this task makes no sense for the model, in a few words; None if it does."""
-        return None if subject.is_language_model else "the model predicts no next token"
+        return None if subject.is_language_model else NO_LANGUAGE_MODEL
 
     def steps(self, subject: Subject) -> int:
         """How many steps of work `run` reports; 1 unless it says otherwise."""

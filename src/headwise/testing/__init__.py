@@ -1,5 +1,5 @@
 """The conformance checks, for everything in the inventory and for what you write yourself: `headwise check`."""
 
-from ._check import Result, check, checks_for
+from ._check import Item, Result, check, checks_for, everything, find
 
-__all__ = ["Result", "check", "checks_for"]
+__all__ = ["Item", "Result", "check", "checks_for", "everything", "find"]
