@@ -165,6 +165,11 @@ def test_the_kernel_at_many_tiles(kernel_tile, stages, monkeypatch):
     for name in ("top", "inner", "segments", "at", "group"):
         want.pop(name)
     result, p = expected(q, k, stages, wanted(n, m, b=1) | want)
+    places = torch.arange(n)[None]
+    ranges = [(places >= 37) & (places < 101), places >= 90, places < 5, places < 0]
+    for i, rows in enumerate(ranges):
+        want[f"range {i}"] = KeyMass(rows)
+        result[f"range {i}"] = (p * rows[:, None, :, None]).sum(2)
     result = {name: result[name] for name in want if name in result}
     assert_same(statistics(q, k, *stages, want=want, backend="kernel"), result, p, 5e-6)
     if kernel_tile.classes == 1:

@@ -259,6 +259,7 @@ def columns(
     lse: Tensor,
     *,
     count: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
     horizon: tuple[int, int] | None = None,
     per_key_value_head: bool = False,
     tile: Tile | None = None,
@@ -274,10 +275,11 @@ def columns(
     docs, places = a.pair(a.documents), a.pair(a.places)
     counted = count.float().expand(b, -1).contiguous() if count is not None else lse
     near, far = horizon or (0, 0)
+    start, stop = queries or (0, n)
     columns_kernel[(-(-m // cut.n) * b * owners,)](
         a.q, a.k, lse, out, *places, *docs, counted,
         *a.q.stride()[:3], *a.k.stride()[:3], *(t.stride(0) for t in (*places, *docs, counted)),
-        heads, kv_heads, n, m, d, a.scale, *a.window, near, far, 0, n,
+        heads, kv_heads, n, m, d, a.scale, *a.window, near, far, start, stop,
         **a.constants, HORIZON=horizon is not None, COUNTED=count is not None, PER_KV=per_key_value_head,
         M=cut.m, N=cut.n, BLOCK_D=_power(d), WHOLE_D=_power(d) == d, CLASSES=cut.classes, EXACT=bits == 32, STAGES=cut.stages,
         **cut.launch,
@@ -394,8 +396,14 @@ def _later(statistic: Statistic, a: Arguments, lse: Tensor) -> Tensor:
     """What needs the log-sum-exps first."""
     match statistic:
         case KeyMass():
-            rows_ = None if statistic.rows is None else statistic.rows.to(lse.device)
-            return columns(a, lse, count=rows_, per_key_value_head=statistic.per == "key_value_head")
+            counted = None if statistic.rows is None else statistic.rows.to(lse.device)
+            return columns(
+                a,
+                lse,
+                count=counted,
+                queries=None if counted is None else _range(counted != 0),
+                per_key_value_head=statistic.per == "key_value_head",
+            )
         case HorizonMass():
             return columns(a, lse, horizon=(statistic.near, statistic.far))
         case SegmentMass():
@@ -406,6 +414,12 @@ def _later(statistic: Statistic, a: Arguments, lse: Tensor) -> Tensor:
         case WeightAt():
             return _weight_at(a, lse, statistic.keys.to(lse.device))
     raise TypeError(f"{type(statistic).__name__} has no kernel")
+
+
+def _range(counted: Tensor) -> tuple[int, int]:
+    """From the first to the last of the queries that count: the others are not even read."""
+    places = counted.any(0).nonzero().flatten()
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
 
 
 def _as_segments(spans: Tensor) -> tuple[Tensor, Tensor]:
