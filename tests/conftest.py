@@ -12,6 +12,7 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headwise import scan
 from headwise.models.subject import Subject, open_model
@@ -42,3 +43,23 @@ def scanned(tiny, tmp_path_factory):
 def exact() -> Subject:
     """The embedded model in float64."""
     return open_model("tiny", dtype="float64")
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes that any one tensor takes within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(item, torch.Tensor):
+                self.size = max(self.size, item.untyped_storage().nbytes())
+        return result
+
+
+@pytest.fixture
+def largest() -> Largest:
+    return Largest()

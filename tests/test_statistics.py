@@ -294,25 +294,13 @@ def test_means_on_the_fly(backend, monkeypatch):
     torch.testing.assert_close(mean["horizon"], whole["horizon"].double().sum(0), rtol=1e-9, atol=1e-9)
 
 
-def test_no_rectangle_of_weights_is_held():
+def test_no_rectangle_of_weights_is_held(largest):
     """The blocked and chunked sweeps allocate nothing that grows with n x m."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for item in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(item, torch.Tensor):
-                    Largest.size = max(Largest.size, item.untyped_storage().nbytes())
-            return result
-
     n = 4096
     q, k, v = (t[:1] for t in made(n, n))
-    with Largest():
+    with largest:
         attend(q, k, v, Causal(), statistics=["entropy", "max_weight", "distance", "key_mass"])
-    assert Largest.size <= 4 * 2**22  # a block of the sweep; one head's weights would be 64 MiB, all of them 256
+    assert largest.size <= 4 * 2**22  # a block of the sweep; one head's weights would be 64 MiB, all of them 256
 
 
 def test_errors_and_explanations():
