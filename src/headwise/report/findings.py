@@ -43,7 +43,8 @@ def role_findings(tables: Mapping[str, HeadTable]) -> list[Finding]:
         found.append(
             _finding(
                 f"{heads.count()} {role.name} head{'s' if heads.count() > 1 else ''}",
-                f"{_some(ranked)}: {'each ' if len(ranked) > 1 else ''}{role.about}; {table.unit} above {role.bound:g}, the largest {largest:.2f}.",
+                f"{_some(ranked)}: {'each ' if len(ranked) > 1 else ''}{role.about}; "
+                f"{table.unit} above {role.bound:g}, the largest {largest:.2f}.",
                 ranked, count=heads.count(), of=total, largest=largest,
             )
         )  # fmt: skip
