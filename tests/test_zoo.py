@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from headwise import Plan, duo, evaluate, measure, probe, zoo
+from headwise.models import subject as subject_module
 from headwise.models.cache import cache_bytes, cache_of
 from headwise.probes.ablation_importance import AblationImportance
 from headwise.probes.gate_importance import GateImportance
@@ -144,6 +145,17 @@ def test_cheap_importance_agrees_with_exact(tiny, scanned):
     assert correlation > 0.6
     assert any(finding["numbers"].get("spearman") == correlation for finding in found.findings)
     assert probe(GateImportance(per="token"), tiny, show_progress=False).spearman(exact) > 0.6
+
+
+def test_large_vocabularies_change_no_importance(tiny, monkeypatch):
+    """Where the logits of few rows fit at once, fewer heads and rows run together, and the tables stay the same."""
+    probes = [AblationImportance(rows=4, length=64), GateImportance(rows=4, length=64)]
+    whole = measure(tiny, probes, show_progress=False)
+    for rows in (32, 9, 3, 1):
+        monkeypatch.setattr(subject_module, "CHUNK_LOGITS_CPU", rows * 64 * tiny.vocabulary_size)
+        parts = measure(tiny, probes, show_progress=False)
+        for name, table in whole.items():
+            torch.testing.assert_close(parts[name].values, table.values, rtol=1e-3, atol=2e-6)
 
 
 def test_first_order_is_exact_for_the_last_layers_scale(tiny):

@@ -24,6 +24,7 @@ from .session import Session, Tap, session_of
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_LANGUAGE_MODEL = "the model is no decoder that predicts each next token of one row"
 CHUNK_LOGITS = 2**28  # elements of logits held at once when losses are computed
+CHUNK_LOGITS_CPU = 2**22  # on a CPU: larger blocks are mapped, and their pages cleared, anew each time, a third of the run
 
 
 @dataclass(eq=False)
@@ -174,13 +175,18 @@ class Subject:
         """
         if not self.is_language_model:
             raise UnsupportedModelError(f"{type(self.model).__name__} predicts no next token, so it has no language-model loss")
-        hidden_part = max(1, CHUNK_LOGITS // (input_ids.shape[1] * self.vocabulary_size))
         losses = []
-        for rows in input_ids.split(hidden_part):
-            logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1))
-        return torch.cat(losses)
+        for rows in input_ids.split(self.rows_at_once(input_ids.shape[1])):
+            logits = self.model(input_ids=rows, use_cache=False).logits
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            # row by row: one row's logits are contiguous, so that nothing of the size of all of them is copied
+            losses += [F.cross_entropy(own[:-1].to(wide), ids[1:], reduction="none") for own, ids in zip(logits, rows, strict=True)]
+        return torch.stack(losses)
+
+    def rows_at_once(self, length: int) -> int:
+        """How many rows of that length `token_losses` runs in one forward pass."""
+        logits = CHUNK_LOGITS_CPU if self.device.type == "cpu" else CHUNK_LOGITS
+        return max(1, logits // (length * self.vocabulary_size))
 
 
 def as_subject(model: Any, tokenizer: Any | None = None) -> Subject:

@@ -76,7 +76,8 @@ class Material:
             return _split(given, min(at_once, self.batch_rows) if self.inputs is None else None)
         if request.kind == "text":
             rows = text_rows(subject, self.text, request.rows, length)
-            return [Batch({"input_ids": part}) for part in rows.split(self.batch_rows)]
+            at_once = min(self.batch_rows, subject.rows_at_once(rows.shape[1]))  # so that losses of a batch are one forward pass
+            return [Batch({"input_ids": part}) for part in rows.split(at_once)]
         if request.kind == "repeats":
             ids, periods = repeated_rows(subject.vocabulary, request.rows, length, begin=subject.begin, seed=self.seed)
             made = torch.from_numpy(ids).to(subject.device), torch.from_numpy(periods).to(subject.device)

@@ -51,9 +51,10 @@ class AblationImportance(Probe):
             with torch.no_grad(), replay.recording(len(batch.ids)):
                 base = subject.token_losses(batch.ids)
             trusted = self._replays_exactly(subject, replay, batch.ids, base)
+            copies = max(1, min(self.copies, subject.rows_at_once(batch.ids.shape[1]) // len(batch.ids)))
             for site in stack.sites:
-                for start in range(0, site.heads, self.copies):
-                    closed = list(range(start, min(start + self.copies, site.heads)))
+                for start in range(0, site.heads, copies):
+                    closed = list(range(start, min(start + copies, site.heads)))
                     gate = 1 - torch.eye(site.heads, device=subject.device)[closed].repeat_interleave(len(batch.ids), dim=0)
 
                     def tap(call: Call, out: Tensor, layer: int = site.layer, gate: Tensor = gate) -> Tensor | None:

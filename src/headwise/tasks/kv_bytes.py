@@ -17,8 +17,7 @@ CARD = Card(
     year=2024,
     room="bench",
     source=(
-        "arXiv:2410.10819, sec. 4: memory of keys and values; here the bytes that the cache's tensors really occupy after a "
-        "prompt"
+        "arXiv:2410.10819, sec. 4: memory of keys and values; here the bytes that the cache's tensors really occupy after a prompt"
     ),
 )
 
