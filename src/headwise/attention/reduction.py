@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .read import Operands, Read
-from .statistic import SegmentMass, SpanMass, Statistic
+from .statistic import Statistic
 from .sweeps import sweep
 
 ELEMENTS = 1 << 24  # of a wide row statistic held at once
@@ -22,7 +22,7 @@ def reduced(
     if counted is None:
         counted = torch.ones(1, n, dtype=torch.bool, device=x.q.device)
     counted = counted.to(x.q.device).expand(b, -1)
-    wide = {i for i, statistic in enumerate(statistics) if _width(statistic) > 1}
+    wide = {i for i, statistic in enumerate(statistics) if statistic.width > 1}
     narrow = [statistic for i, statistic in enumerate(statistics) if i not in wide]
     found = iter(sweep(read, x, narrow, backend=backend)[1] if narrow else ())
     return [
@@ -42,7 +42,7 @@ def _sums(value: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 def _reduced_wide(read: Read, x: Operands, statistic: Statistic, counted: Tensor, backend: str | None) -> Tensor:
     """A statistic with many numbers a row: some rows at a time."""
     b, h, n, _ = x.q.shape
-    rows = max(128, ELEMENTS // (b * h * _width(statistic)))
+    rows = max(128, ELEMENTS // (b * h * statistic.width))
     pattern = read.mask.pattern() if read.mask is not None else None
     aligned = x.aligned and pattern is not None and pattern.causal and n <= x.k.shape[2]
     total = torch.zeros((), dtype=torch.float64, device=x.q.device)
@@ -54,9 +54,3 @@ def _reduced_wide(read: Read, x: Operands, statistic: Statistic, counted: Tensor
         sums, used = _sums(sweep(read, part, [mine], backend=backend)[1][0], counted[:, start:stop])
         total, count = total + sums, count + used
     return total / count
-
-
-def _width(statistic: Statistic) -> int:
-    if isinstance(statistic, SegmentMass):
-        return statistic.count
-    return statistic.spans.shape[-2] if isinstance(statistic, SpanMass) else 1

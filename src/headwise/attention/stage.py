@@ -39,6 +39,12 @@ class Block:
     query_position: Tensor
     key_position: Tensor
 
+    @staticmethod
+    def of_places(query_index: Tensor, key_index: Tensor, query_position: Tensor, key_position: Tensor) -> Block:
+        """A rectangle of which only the places matter: enough to ask a mask, or a statistic of weights."""
+        nothing = torch.empty(0, device=query_position.device)
+        return Block(nothing, nothing, query_index, key_index, query_position, key_position)
+
     @property
     def dtype(self) -> torch.dtype:
         """What scores are computed in: the queries' dtype, but at least float32."""

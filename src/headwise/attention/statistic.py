@@ -34,6 +34,11 @@ class Statistic(ABC):
 
     columns = False  # True: rows give (b, h, m) parts that are added; False: (b, h, c, ...) parts that are joined
 
+    @property
+    def width(self) -> int:
+        """Numbers a row: 1 for (b, h, n), more for (b, h, n, width)."""
+        return 1
+
     @abstractmethod
     def of(self, sweep: Sweep) -> Tensor:
         """This block's part."""
@@ -117,6 +122,10 @@ class SpanMass(Statistic):
 
     spans: Tensor
 
+    @property
+    def width(self) -> int:
+        return self.spans.shape[-2]
+
     def of_row(self, row: int) -> SpanMass:
         return self if self.spans.dim() == 2 else SpanMass(self.spans[row : row + 1])
 
@@ -138,6 +147,10 @@ class SegmentMass(Statistic):
 
     segments: Tensor
     count: int
+
+    @property
+    def width(self) -> int:
+        return self.count
 
     def of(self, sweep: Sweep) -> Tensor:
         own = torch.atleast_2d(self.segments).to(sweep.weights.device)[:, sweep.block.key_index]

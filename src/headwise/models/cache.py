@@ -28,7 +28,7 @@ def cache_argument(model: nn.Module) -> str | None:
 
 def cache_of(output: Any) -> Any:
     """The cache in what a model's forward or `generate` returned."""
-    return getattr(output, "cache", None) if hasattr(output, "cache") else output.past_key_values
+    return next(getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
 
 
 class HeadCacheLayer(CacheLayerMixin):

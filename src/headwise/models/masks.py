@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Self
 
+import torch
 from torch import Tensor
 
-from ..attention.stage import Bias, Block, Mask
+from ..attention.stage import Bias, Block, Mask, Stage
 from ..stages.causal import Causal
 from ..stages.window import Window
 
@@ -16,29 +18,31 @@ ROWS = 1024  # of a table compared at once
 
 
 @dataclass(frozen=True, eq=False)
-class DenseMask(Mask):
-    """A mask that the model brings: booleans (b or 1, h or 1, n, m)."""
+class _Table(Stage):
+    """Something that the model brings for every pair: (b or 1, h or 1, n, m)."""
 
     table: Tensor
+
+    def at(self, block: Block) -> Tensor:
+        """The block's part."""
+        return self.table[:, :, block.query_index][..., block.key_index]
+
+    def select(self, heads: Sequence[int]) -> Self:
+        return self if self.table.shape[1] == 1 else replace(self, table=self.table[:, list(heads)])
+
+
+class DenseMask(_Table, Mask):
+    """A mask that the model brings: booleans."""
 
     def visible(self, block: Block) -> Tensor:
-        return self.table[:, :, block.query_index][..., block.key_index]
-
-    def select(self, heads: Any) -> DenseMask:
-        return self if self.table.shape[1] == 1 else DenseMask(self.table[:, list(heads)])
+        return self.at(block)
 
 
-@dataclass(frozen=True, eq=False)
-class DenseBias(Bias):
-    """A bias that the model brings: (b or 1, h or 1, n, m)."""
-
-    table: Tensor
+class DenseBias(_Table, Bias):
+    """A bias that the model brings."""
 
     def bias(self, block: Block) -> Tensor:
-        return self.table[:, :, block.query_index][..., block.key_index]
-
-    def select(self, heads: Any) -> DenseBias:
-        return self if self.table.shape[1] == 1 else DenseBias(self.table[:, list(heads)])
+        return self.at(block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,19 +79,11 @@ def _search(table: Tensor, queries: Tensor, keys: Tensor) -> Known | None:
 
 def _shows(stages: tuple[Mask, ...], table: Tensor, queries: Tensor, keys: Tensor, there: Tensor) -> bool:
     """Whether the stages show just what the table shows."""
+    index = torch.arange(table.shape[2], device=table.device)
     for start in range(0, table.shape[1], ROWS):
-        away = queries[:, start : start + ROWS, None] - keys[:, None, :]
-        shown = there[:, None, :].expand(max(len(there), len(away)), away.shape[1], -1)
-        for stage in stages:
-            shown = shown & ((away >= 0) if isinstance(stage, Causal) else away.abs() < reach_of(stage))
-        if not bool((shown == table[:, start : start + ROWS]).all()):
+        rows = table[:, start : start + ROWS]
+        block = Block.of_places(index[: rows.shape[1]] + start, index, queries[:, start : start + ROWS], keys)
+        shown = reduce(torch.logical_and, (stage.visible(block)[:, 0] for stage in stages), there[:, None])
+        if not bool((shown == rows).all()):
             return False
     return True
-
-
-def reach_of(stage: Mask) -> int:
-    """The window of a windowed mask."""
-    pattern = stage.pattern()
-    assert pattern is not None
-    assert pattern.window is not None
-    return pattern.window

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
+from ...errors import BackendError, ShapeError
 from ..planner import plan
 from ..read import Operands, Read, apply_outputs
 from ..statistic import Statistic
@@ -55,6 +55,8 @@ def sweep(
     read: Read, x: Operands, statistics: Sequence[Statistic], output: bool = False, backend: str | None = None
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Every statistic, and the output (b, h, n, dv) if asked for, in as few sweeps as can be."""
+    if not x.q.shape[2]:
+        raise ShapeError("there are no queries, so there is nothing to gather statistics of")
     for statistic in statistics:
         statistic.check(x)
     chosen, _ = choose(read, x, statistics, backend)

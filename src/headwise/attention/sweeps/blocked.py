@@ -69,9 +69,8 @@ def run(read: Read, x: Operands, statistics: Sequence[Statistic], output: bool) 
             ]
             rows, longest = blocks[0].stop - blocks[0].start, max(len(block.frame.key_index) for block in blocks)
             count = max(1, ELEMENTS // (groups * rows * longest))
-            for first in range(
-                0, len(k), count
-            ):  # heads one after another, so that their keys stay in the cache for a run of blocks
+            # heads one after another, so that their keys stay in the cache for a run of blocks
+            for first in range(0, len(k), count):
                 kv = slice(first, min(first + count, len(k)))
                 heads = slice(first * groups, kv.stop * groups)
                 for block in blocks:
@@ -141,10 +140,10 @@ class _Room:
 class _Block:
     """Rows start..stop-1 against the keys `taken`, and what they are summed with, made once for all heads.
 
-    frame: their places; its tensors are not for use, since grouped heads are not repeated. hidden: (c, m) pairs that the
-    mask hides; None where only keys later than their query are, of the last c. values: (m, factors), what depends on the key
-    alone; places: which factor is which. strips, by number of the statistic: (c, s) of query and key, for the last s + rest
-    keys, of which the `rest` are all counted in full. short: the statistics that need no more than these.
+    hidden: (c, m) pairs that the mask hides; None where only keys later than their query are, of the last c. values: (m,
+    factors), what depends on the key alone; places: which factor is which. strips, by number of the statistic: (c, s) of
+    query and key, for the last s + rest keys, of which the `rest` are all counted in full. short: the statistics that need
+    no more than these.
     """
 
     start: int
@@ -255,7 +254,7 @@ def _block_of(
     index, key_position = torch.arange(x.k.shape[2]), x.key_position
     if keys is not None:
         index, key_position = index[keys], key_position[:, keys]
-    frame = Block(x.q[:, :, start:stop], x.k, torch.arange(start, stop), index, x.query_position[:, start:stop], key_position)
+    frame = Block.of_places(torch.arange(start, stop), index, x.query_position[:, start:stop], key_position)
     hidden = None if triangular else ~visibility(read, frame)[0, 0].expand(stop - start, len(index))
     place, own = key_position[0], frame.query_position[0]
     factors: dict[Hashable, Tensor] = {"one": torch.ones_like(place, dtype=dtype)}
@@ -269,9 +268,7 @@ def _block_of(
                 factors["place"] = (place - own[0]).to(dtype)  # relative, so that near places stay exact
                 short.add(i)
             case PositionMass():
-                factors["inside", statistic.start, statistic.stop] = ((place >= statistic.start) & (place < statistic.stop)).to(
-                    dtype
-                )
+                factors["inside", statistic.start, statistic.stop] = _inside(place, statistic.start, statistic.stop, dtype)
                 short.add(i)
             case SpanMass():
                 spans = statistic.spans.reshape(-1, statistic.spans.shape[-1]).to(dtype)[:, index]
@@ -281,10 +278,14 @@ def _block_of(
                 strips[i] = _strip(statistic, place, own, dtype)
                 short.add(i)
                 if isinstance(statistic, LocalMass):
-                    factors["inside", 0, statistic.sink] = ((place >= 0) & (place < statistic.sink)).to(dtype)
+                    factors["inside", 0, statistic.sink] = _inside(place, 0, statistic.sink, dtype)
     places = {key: i for i, key in enumerate(factors)}
     taken = slice(None) if keys is None else keys
     return _Block(start, stop, taken, frame, hidden, torch.stack(list(factors.values()), dim=-1), places, strips, short)
+
+
+def _inside(place: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    return ((place >= start) & (place < stop)).to(dtype)
 
 
 def _strip(statistic: RecentMass | LocalMass | Distance, place: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:

@@ -21,8 +21,6 @@ def run(
     read: Read, x: Operands, statistics: Sequence[Statistic], output: bool, rows: int | None = None
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The output (b, h, n, dv) before output stages, or None, and every statistic. Memory O(n x rows), backward too."""
-    n = x.q.shape[2]
-
     def block(start: int, stop: int) -> list[Tensor]:
         keys = needed_keys(read, x, start, stop)
         part = block_of(x, start, stop, keys)
@@ -46,8 +44,6 @@ def run(
                 joined[i] = [joined[i][0] + part]
             else:
                 joined[i].append(part)
-    if not n:
-        raise ValueError("there are no queries")
     totals = [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in joined]
     out = totals.pop() if output else None
     return out, [s.finish(total, x) for s, total in zip(statistics, totals, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..read import Operands, Read
-from ..stage import Pattern, documents_at
+from ..stage import Pattern, Score, documents_at
 from ..statistic import (
     Distance,
     DistanceSquare,
@@ -32,6 +32,7 @@ from ..statistic import (
     WeightSquare,
 )
 
+LOG2E = 1.4426950408889634
 # What the row kernel can sum besides the log-sum-exp, in the order of its output slots; slot 0 is the log-sum-exp.
 SLOTS = ("MAXIMUM", "ENTROPY", "DISTANCE", "DISTANCE2", "SQUARE", "FIRST", "RECENT", "LOCAL", "NEAR")
 ROW_KINDS = (LogSumExp, MaxWeight, Entropy, Distance, DistanceSquare, WeightSquare, PositionMass, RecentMass, LocalMass)
@@ -59,7 +60,7 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
         return f"it knows bfloat16, float16 and float32, not {str(x.q.dtype).removeprefix('torch.')}"
     if x.q.shape[-1] > 256 or (x.v is not None and x.v.shape[-1] > 256):
         return f"heads of size {max(x.q.shape[-1], 0 if x.v is None else x.v.shape[-1])} are larger than 256"
-    if read.weights or len(read.scoring) > 1 or any(getattr(stage, "softcap", _none)() is None for stage in read.scoring):
+    if read.weights or _softcap(read) is None:
         return "it knows masks, a softcap and a sink logit, no other stage"
     if read.normalizer is not None and read.normalizer.extra_logit() is None:
         return f"{type(read.normalizer).__name__} is no softmax"
@@ -72,8 +73,12 @@ def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
     return None
 
 
-def _none() -> None:
-    """What a stage that is no softcap says of its cap."""
+def _softcap(read: Read) -> float | None:
+    """The cap of a read that only caps its scores, 0 for one that leaves them alone; None for any other."""
+    if not read.scoring:
+        return 0.0
+    only = read.scoring[0] if len(read.scoring) == 1 else None
+    return only.softcap() if isinstance(only, Score) else None
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,6 @@ class Arguments:
     def of(read: Read, x: Operands) -> Arguments:
         """Checked by `refuses` before."""
         pattern = (read.mask.pattern() if read.mask is not None else None) or Pattern()
-        cap = read.scoring[0].softcap() if read.scoring else None  # type: ignore[union-attr]
         logit = None
         if read.normalizer is not None:
             extra = read.normalizer.extra_logit()
@@ -140,7 +144,7 @@ class Arguments:
             logit = extra.detach().to(x.q.device, torch.float32).expand(x.q.shape[1]).contiguous()
         q, k = (_readable(t.detach()) for t in (x.q, x.k))
         k = k.expand(x.q.shape[0], -1, -1, -1)
-        made = Arguments(x, pattern, read.scale * 1.4426950408889634, 0.0 if cap is None else float(cap), logit, q, k)
+        made = Arguments(x, pattern, read.scale * LOG2E, _softcap(read) or 0.0, logit, q, k)
         if not x.aligned:
             made.places = tuple(p.to(torch.int32).expand(q.shape[0], -1).contiguous() for p in (x.query_position, x.key_position))  # type: ignore[assignment]
         if pattern.documents is not None:
@@ -234,7 +238,7 @@ def rows(
 
 def _merge(parts: Tensor, logit: Tensor | None) -> Tensor:
     """(splits, slots, b, h, n) raw sums of shares of the keys -> (slots, b, h, n) statistics."""
-    tops, sums, log2e = parts[:, 0], parts[:, 1:].double(), 1.4426950408889634
+    tops, sums = parts[:, 0], parts[:, 1:].double()
     top = tops.amax(0)
     fall = (tops - top).clamp(min=-1e30).double()
     scale = fall.exp2()
@@ -243,13 +247,13 @@ def _merge(parts: Tensor, logit: Tensor | None) -> Tensor:
     total, mean_z, *others = (sums * scale[:, None]).sum(0)
     some, whole, peak = total > 0, total, top.double()
     if logit is not None:
-        extra = logit.double()[:, None] * log2e
+        extra = logit.double()[:, None] * LOG2E
         peak = torch.maximum(peak, extra)
         whole = total * (top - peak).exp2() + (extra - peak).exp2()
     log_total = torch.where(some, whole.log2() + peak, -torch.inf)
     inverse = torch.where(some, (top - log_total).exp2(), 0.0)
     entropy = (total * (log_total - top) - mean_z) * inverse
-    found = [log_total / log2e, inverse, entropy.clamp(min=0.0) / log2e]
+    found = [log_total / LOG2E, inverse, entropy.clamp(min=0.0) / LOG2E]
     found += [other * (inverse * inverse if i == 2 else inverse) for i, other in enumerate(others)]
     return torch.stack([torch.where(some, value, -torch.inf if i == 0 else 0.0) for i, value in enumerate(found)]).float()
 
@@ -321,10 +325,11 @@ def _distinct(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(eq=False)
 class _Call:
-    """One run of the row kernel: what it counts, and what for."""
+    """One run of the row kernel: what it is to sum, what counts as first, recent and near, and what it found."""
 
     want: set[str] = field(default_factory=set)
-    given: dict[str, int] = field(default_factory=dict)  # first, recent, near
+    given: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, slot: str, given: dict[str, int]) -> bool:
         """Adds a slot if its numbers agree with those that are there."""
@@ -335,59 +340,58 @@ class _Call:
         return True
 
 
-def _terms(statistic: Statistic) -> list[tuple[int, str, dict[str, int]]]:
-    """A row statistic as sums of slots: (sign, slot, numbers)."""
+def _terms(statistic: Statistic) -> list[tuple[str, dict[str, int]]]:
+    """The slots that a row statistic is made of, with their numbers: one, or one less another; none for other statistics."""
     match statistic:
         case LogSumExp():
-            return [(1, "LSE", {})]
+            return [("LSE", {})]
         case MaxWeight():
-            return [(1, "MAXIMUM", {})]
+            return [("MAXIMUM", {})]
         case Entropy():
-            return [(1, "ENTROPY", {})]
+            return [("ENTROPY", {})]
         case DistanceSquare():
-            return [(1, "DISTANCE2", {})]
+            return [("DISTANCE2", {})]
         case WeightSquare():
-            return [(1, "SQUARE", {})]
+            return [("SQUARE", {})]
         case Distance(window=None):
-            return [(1, "DISTANCE", {})]
+            return [("DISTANCE", {})]
         case Distance():
-            return [(1, "NEAR", {"near": statistic.window or 0})]
+            return [("NEAR", {"near": statistic.window or 0})]
         case RecentMass():
-            return [(1, "RECENT", {"recent": statistic.window})]
+            return [("RECENT", {"recent": statistic.window})]
         case LocalMass():
-            return [(1, "LOCAL", {"first": statistic.sink, "recent": statistic.window})]
+            return [("LOCAL", {"first": statistic.sink, "recent": statistic.window})]
         case PositionMass():
-            terms = [(1, "FIRST", {"first": max(statistic.stop, 0)})]
-            return terms + ([(-1, "FIRST", {"first": statistic.start})] if statistic.start > 0 else [])
+            bounds = [max(statistic.stop, 0), *([statistic.start] if statistic.start > 0 else [])]
+            return [("FIRST", {"first": bound}) for bound in bounds]
     return []
 
 
 def run(read: Read, x: Operands, statistics: Sequence[Statistic], output: bool) -> tuple[Tensor | None, list[Tensor]]:
     """The output (b, h, n, dv) before output stages, or None, and every statistic."""
     a = Arguments.of(read, x)
-    calls: list[_Call] = []
-    terms: list[list[tuple[int, str, _Call]]] = []
+    calls = [_Call()]
+    terms: list[list[tuple[str, _Call]]] = []
     for statistic in statistics:
         terms.append([])
-        for sign, slot, given in _terms(statistic):
+        for slot, given in _terms(statistic):
             call = next((call for call in calls if call.take(slot, given)), None)
             if call is None:
                 calls.append(call := _Call({slot}, dict(given)))
-            terms[-1].append((sign, slot, call))
-    if not calls:
-        calls.append(_Call())
+            terms[-1].append((slot, call))
     out: Tensor | None = None
-    found: dict[int, dict[str, Tensor]] = {}
     for call in calls:
         values = _readable(x.v.detach()) if output and out is None and x.v is not None else None
         first, recent, near = (call.given.get(name, 1) for name in ("first", "recent", "near"))
-        made, found[id(call)] = rows(a, frozenset(call.want), first=first, recent=recent, near=near, v=values)
+        made, call.found = rows(a, frozenset(call.want), first=first, recent=recent, near=near, v=values)
         out = made.to(x.q.dtype) if made is not None else out
-    lse = found[id(calls[0])]["LSE"]
     results = []
     for statistic, parts in zip(statistics, terms, strict=True):
-        values_of = [found[id(call)][slot] * sign if sign < 0 else found[id(call)][slot] for sign, slot, call in parts]
-        total = _later(statistic, a, lse) if not parts else values_of[0] if len(parts) == 1 else values_of[0] + values_of[1]
+        values_of = [call.found[slot] for slot, call in parts]
+        if not values_of:
+            total = _later(statistic, a, calls[0].found["LSE"])
+        else:
+            total = values_of[0] if len(values_of) == 1 else values_of[0] - values_of[1]
         results.append(statistic.finish(total, x))
     return out, results
 
@@ -440,7 +444,7 @@ def _weight_at(a: Arguments, lse: Tensor, keys: Tensor, rows_at_once: int = 4096
         at = index[:, start : start + rows_at_once]
         chosen = a.k.gather(2, at[:, None, :, None].expand(-1, a.k.shape[1], -1, d)).float()
         q = a.q[:, :, start : start + rows_at_once].float().unflatten(1, (a.k.shape[1], -1))
-        s = (q * chosen[:, :, None]).sum(-1).flatten(1, 2) * (a.scale / 1.4426950408889634)
+        s = (q * chosen[:, :, None]).sum(-1).flatten(1, 2) * (a.scale / LOG2E)
         if a.softcap:
             s = a.softcap * torch.tanh(s / a.softcap)
         parts.append((s - lse[:, :, start : start + rows_at_once]).exp())
