@@ -253,6 +253,50 @@ def test_gradients(backend):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("sweep", ["blocked", "chunked", "kernel"])
+def test_limits_that_need_no_reference(sweep):
+    """Heads that see all alike, and heads that see one key: every statistic has a number of its own."""
+    n = 48
+    place = torch.arange(n, dtype=torch.float64)
+    spans = torch.stack([torch.arange(n) < 10, torch.arange(n) >= 10])
+    want = {
+        "lse": LogSumExp(), "max": MaxWeight(), "entropy": Entropy(), "distance": Distance(), "distance2": DistanceSquare(),
+        "square": WeightSquare(), "sink": PositionMass(0, 4), "recent": RecentMass(8), "near": Distance(8),
+        "spans": SpanMass(spans), "local": LocalMass(4, 8), "received": KeyMass(), "group": KeyMass(per="key_value_head"), "horizon": HorizonMass(1, 3),
+    }  # fmt: skip
+
+    def assert_rows(got, expected, tolerance=1e-5):
+        for name, value in expected.items():
+            error = float((got[name].double() - value).abs().max())
+            assert error < tolerance * max(1.0, float(value.abs().max())), f"{name} differs by {error:.2g}"
+
+    q, k = torch.zeros(1, 4, n, 16), torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(0))
+    seen = place + 1  # uniform: a query at place t weighs each of t + 1 keys alike
+    received = torch.stack([(1 / seen[j:]).sum() for j in range(n)])
+    horizon = torch.stack(
+        [(1 / seen[j + 1 : j + 4]).mean() if j + 1 < n else torch.zeros((), dtype=torch.float64) for j in range(n)]
+    )
+    uniform = {
+        "lse": seen.log(), "max": 1 / seen, "entropy": seen.log(), "distance": place / 2, "distance2": place * (2 * place + 1) / 6,
+        "square": 1 / seen, "sink": seen.clamp(max=4) / seen, "recent": seen.clamp(max=8) / seen,
+        "local": seen.clamp(max=12) / seen,
+        "spans": torch.stack([seen.clamp(max=10), (seen - 10).clamp(min=0)], -1) / seen[:, None],
+        "received": received, "group": 2 * received, "horizon": horizon,
+    }  # fmt: skip
+    assert_rows(statistics(q, k, Causal(), want=want, backend=sweep), uniform)
+
+    codes = 100.0 * torch.eye(n).expand(1, 2, n, n)  # one key: a query finds the key 5 places back, the first before that
+    back = (torch.arange(n) - 5).clamp(min=0)
+    looked = (place - back).double()
+    one = torch.ones(n, dtype=torch.float64)
+    counts = torch.bincount(back, minlength=n).double()
+    sharp = {
+        "max": one, "entropy": 0 * one, "distance": looked, "distance2": looked**2, "square": one, "sink": (back < 4).double(),
+        "recent": one, "near": looked, "local": one, "received": counts, "group": 2 * counts,
+    }  # fmt: skip
+    assert_rows(statistics(codes[:, :, back].repeat_interleave(2, 1), codes, Causal(), want=want, backend=sweep), sharp)
+
+
 def test_other_stages_are_swept_in_chunks():
     q, k, _ = made(20, 20)
     for stage in (Alibi.geometric(H), Temperature(torch.linspace(0.5, 2, H))):
@@ -311,6 +355,8 @@ def test_errors_and_explanations():
         statistics(q, k, want=["entropy"], backend="magic")
     with pytest.raises(BackendError, match="fixed factor"):
         statistics(q, k, want=["entropy"], backend="folded")
+    with pytest.raises(ShapeError, match="there are no queries"):
+        statistics(q[:, :, :0], k, want=["entropy"])
     with pytest.raises(ShapeError, match="segments are"):
         statistics(q, k, want={"s": SegmentMass(torch.zeros(5, dtype=torch.long), 1)})
     with pytest.raises(ShapeError, match="counted rows"):

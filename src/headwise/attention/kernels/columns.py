@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .parts import base2, log_sums, owner, product, visible
+
 
 @triton.jit
 def _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n, offset, d, scale, window, sink, near, far,
@@ -25,17 +27,8 @@ def _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n,
         q = tl.load(where, mask=inside[None, :] & (c < d)[:, None], other=0.0)
     else:
         q = tl.load(where)
-    lse = tl.load(lse_ptr + row.to(tl.int64) * n + i, mask=inside, other=float("inf")) * 1.4426950408889634
-    lse = tl.where(lse < -1.0e30, 1.0e30, lse)  # -inf: the row sees nothing
-    if EXACT:
-        s = tl.dot(k, q, input_precision="ieee")
-    else:
-        s = tl.dot(k, q)
-    if SOFTCAP > 0.0:
-        x = s * (scale / SOFTCAP)
-        s = SOFTCAP * 1.4426950408889634 * (1.0 - 2.0 / (1.0 + tl.exp2(2.0 * x)))
-    else:
-        s = s * scale
+    lse = log_sums(lse_ptr, row, n, i, inside)
+    s = base2(product(k, q, EXACT), scale, SOFTCAP)
     p = tl.exp2(s - lse[None, :])
     if MASKED:
         if ALIGNED:
@@ -43,11 +36,7 @@ def _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n,
         else:
             place = tl.load(query_pos_ptr + pos_row + i, mask=inside, other=0)
         away = place[None, :] - place_k[:, None]
-        seen = inside[None, :] & (place_k >= 0)[:, None]
-        if CAUSAL:
-            seen = seen & (away >= 0)
-        if WINDOWED:
-            seen = seen & ((tl.abs(away) < window) | (place_k < sink)[:, None])
+        seen = visible(inside[None, :] & (place_k >= 0)[:, None], away, place_k[:, None], window, sink, CAUSAL, WINDOWED)
         if DOCUMENTS:
             own = tl.load(query_doc_ptr + doc_row + i, mask=inside, other=-1)
             seen = seen & (doc_k[:, None] == own[None, :])
@@ -74,17 +63,13 @@ def columns_kernel(
     tiles = tl.cdiv(m, N)
     group = heads // kv_heads
     if PER_KV:
-        tile = pid % tiles
-        bkv = pid // tiles
+        tile, b, kv, _ = owner(pid, tiles, kv_heads, kv_heads)
         first_head = 0
         last_head = group
     else:
-        first_head = pid % group
+        tile, b, kv, head = owner(pid, tiles, heads, kv_heads)
+        first_head = head - kv * group
         last_head = first_head + 1
-        tile = (pid // group) % tiles
-        bkv = pid // (group * tiles)
-    b = bkv // kv_heads
-    kv = bkv % kv_heads
     j = tile * N + tl.arange(0, N)
     c = tl.arange(0, BLOCK_D)
     k_base = k_ptr + b.to(tl.int64) * k_sb + kv.to(tl.int64) * k_sh

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .parts import LOG2E, base2, owner, product, visible
+
 # Slots of the output, (slot, batch * heads, queries) float32. The order is that of `SLOTS` in the sweep that calls this.
 NEG = tl.constexpr(-1.0e30)  # stands for -inf where a difference of two of them must not be NaN
 LN2 = tl.constexpr(0.6931471805599453)
@@ -28,15 +30,9 @@ def _scores(q, k_ptr, k_stride, tile, m, d, scale, SOFTCAP: tl.constexpr, M: tl.
         k = tl.load(where, mask=(j < m)[None, :], other=0.0)
     else:
         k = tl.load(where, mask=(j < m)[None, :] & (c < d)[:, None], other=0.0)
-    if EXACT:
-        s = tl.dot(q, k, input_precision="ieee")
-    else:
-        s = tl.dot(q, k)
-    s = tl.reshape(s, [M, N // CLASSES, CLASSES])
-    if SOFTCAP > 0.0:  # cap * tanh(s / cap), tanh x = 1 - 2 / (1 + e^(2 x))
-        x = s * (scale / SOFTCAP)  # in the base-2 domain already: e^(2x) = 2^(2 * x)
-        s = SOFTCAP * 1.4426950408889634 * (1.0 - 2.0 / (1.0 + tl.exp2(2.0 * x)))
-        return s / scale
+    s = tl.reshape(product(q, k, EXACT), [M, N // CLASSES, CLASSES])
+    if SOFTCAP > 0.0:
+        s = base2(s, scale, SOFTCAP) / scale  # who calls multiplies by it, in one step with what follows
     return s
 
 
@@ -61,16 +57,9 @@ def rows_kernel(
     PART: tl.constexpr = N // HALVES
     pid = tl.program_id(0)
     blocks = tl.cdiv(n, M)
-    group = heads // kv_heads
-    # heads of a group next to each other (they read the same keys), long rows first
-    head_in_group = pid % group
-    block = (pid // group) % blocks
+    block, b, kv, head = owner(pid, blocks, heads, kv_heads)
     if CAUSAL:
-        block = blocks - 1 - block
-    bkv = pid // (group * blocks)
-    b = bkv // kv_heads
-    kv = bkv % kv_heads
-    head = kv * group + head_in_group
+        block = blocks - 1 - block  # long rows first
     row = b * heads + head
     r0 = block * M
     i = r0 + tl.arange(0, M)
@@ -277,11 +266,8 @@ def rows_kernel(
         seen = tl.broadcast_to(j3 < m, [M, PART // C, C])
         if not ALIGNED:
             seen = seen & (there >= 0)
-        if CAUSAL:
-            seen = seen & (far >= 0)
+        seen = visible(seen, far, there, window, sink, CAUSAL, WINDOWED)
         away = tl.abs(far)
-        if WINDOWED:
-            seen = seen & ((away < window) | (there < sink))
         if DOCUMENTS:
             doc = tl.load(key_doc_ptr + b * doc_sb_k + j, mask=j < m, other=-2)
             seen = seen & (own_doc[:, None, None] == tl.reshape(doc, [1, PART // C, C]))
@@ -349,7 +335,7 @@ def rows_kernel(
         mass = tl.sum(total, 1)
         some = mass > 0.0
         if LOGIT:
-            extra = tl.load(logit_ptr + head).to(tl.float32) * 1.4426950408889634
+            extra = tl.load(logit_ptr + head).to(tl.float32) * LOG2E
             peak = tl.maximum(row_top, extra)
             shrink = tl.exp2(row_top - peak)
             whole = mass * shrink + tl.exp2(extra - peak)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .parts import base2, log_sums, owner, product, visible
+
 
 @triton.jit
 def segments_kernel(
@@ -20,13 +22,7 @@ def segments_kernel(
 ):  # fmt: skip
     """One program: M queries of one head. out: (batch * heads, n, segments), zero before; distinct: (b or 1, tiles, N)."""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(n, M)
-    group = heads // kv_heads
-    block = (pid // group) % blocks
-    bkv = pid // (group * blocks)
-    b = bkv // kv_heads
-    kv = bkv % kv_heads
-    head = kv * group + pid % group
+    block, b, kv, head = owner(pid, tl.cdiv(n, M), heads, kv_heads)
     row = b * heads + head
     i = block * M + tl.arange(0, M)
     inside = i < n
@@ -41,8 +37,7 @@ def segments_kernel(
         place = tl.load(query_pos_ptr + b * pos_sb_q + i, mask=inside, other=0)
     if DOCUMENTS:
         own_doc = tl.load(query_doc_ptr + b * doc_sb_q + i, mask=inside, other=-1)
-    lse = tl.load(lse_ptr + row.to(tl.int64) * n + i, mask=inside, other=float("inf")) * 1.4426950408889634
-    lse = tl.where(lse < -1.0e30, 1.0e30, lse)
+    lse = log_sums(lse_ptr, row, n, i, inside)
     begin = 0
     stop = tl.cdiv(m, N)
     if ALIGNED and CAUSAL:
@@ -54,25 +49,13 @@ def segments_kernel(
     for tile in range(begin, stop):
         j = tile * N + tl.arange(0, N)
         k = tl.load(k_base + j[None, :].to(tl.int64) * k_sn + c[:, None], mask=(j < m)[None, :] & (c < d)[:, None], other=0.0)
-        if EXACT:
-            s = tl.dot(q, k, input_precision="ieee")
-        else:
-            s = tl.dot(q, k)
-        if SOFTCAP > 0.0:
-            x = s * (scale / SOFTCAP)
-            s = SOFTCAP * 1.4426950408889634 * (1.0 - 2.0 / (1.0 + tl.exp2(2.0 * x)))
-        else:
-            s = s * scale
+        s = base2(product(q, k, EXACT), scale, SOFTCAP)
         if ALIGNED:
             there = j
         else:
             there = tl.load(key_pos_ptr + b * pos_sb_k + j, mask=j < m, other=-1)
         away = place[:, None] - there[None, :]
-        seen = (j < m)[None, :] & (there >= 0)[None, :]
-        if CAUSAL:
-            seen = seen & (away >= 0)
-        if WINDOWED:
-            seen = seen & ((tl.abs(away) < window) | (there < sink)[None, :])
+        seen = visible((j < m)[None, :] & (there >= 0)[None, :], away, there[None, :], window, sink, CAUSAL, WINDOWED)
         if DOCUMENTS:
             doc = tl.load(key_doc_ptr + b * doc_sb_k + j, mask=j < m, other=-2)
             seen = seen & (own_doc[:, None] == doc[None, :])
