@@ -36,7 +36,7 @@ from headwise.attention.statistic import (
     WeightAt,
     WeightSquare,
 )
-from headwise.attention.sweeps import kernel
+from headwise.attention.sweeps import blocked, kernel
 from headwise.errors import BackendError, ShapeError
 
 B, H = 2, 4
@@ -159,9 +159,10 @@ def test_the_kernel_at_many_tiles(kernel_tile, stages, monkeypatch):
     """Lengths at which every kind of tile comes: whole ones, edges, the diagonal, near places, sinks, the tail."""
     monkeypatch.setattr(kernel, "row_tile", lambda *_: kernel_tile)
     monkeypatch.setattr(kernel, "column_tile", lambda *_: kernel_tile)
+    monkeypatch.setattr(kernel, "ROWS_IN_FLIGHT", 1)  # every kind of tile in one program, as in long rows
     n, m = 130, 163
     q, k, v = made(n, m, kv=1, d=24, b=1, h=2)
-    want = wanted(n, m, b=1) | {"recent": RecentMass(50), "local": LocalMass(3, 50), "near": Distance(20)}
+    want = wanted(n, m, b=1) | {"recent": RecentMass(85), "local": LocalMass(3, 85), "near": Distance(20)}
     for name in ("top", "inner", "segments", "at", "group"):
         want.pop(name)
     result, p = expected(q, k, stages, wanted(n, m, b=1) | want)
@@ -176,6 +177,20 @@ def test_the_kernel_at_many_tiles(kernel_tile, stages, monkeypatch):
         out, got = attend(q, k, v, *stages, statistics=want, backend="kernel")
         assert_same(got, result, p, 5e-6)
         assert float((out - p @ v.double().repeat_interleave(2, 1)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_of_rows_and_heads_meet(case, monkeypatch):
+    """The blocked sweep in the smallest blocks: runs of rows, heads apart, whole and partial strips."""
+    for name, value in {"ROWS": 8, "RUN": 2, "ELEMENTS": 1}.items():
+        monkeypatch.setattr(blocked, name, value)
+    stages, n, m = CASES[case]
+    q, k, v = made(n, m)
+    want = wanted(n, m) | {"recent": RecentMass(20), "local": LocalMass(5, 20)}
+    result, p = expected(q, k, stages, want)
+    out, got = attend(q, k, v, *stages, statistics=want, backend="blocked")
+    assert_same(got, result, p, 3e-6)
+    assert float((out - p @ v.double().repeat_interleave(2, 1)).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [Softcap(2.0), SinkLogit(torch.linspace(-1, 1, H)), SinkLogit(torch.zeros(1))])
@@ -262,7 +277,8 @@ def test_limits_that_need_no_reference(sweep):
     want = {
         "lse": LogSumExp(), "max": MaxWeight(), "entropy": Entropy(), "distance": Distance(), "distance2": DistanceSquare(),
         "square": WeightSquare(), "sink": PositionMass(0, 4), "recent": RecentMass(8), "near": Distance(8),
-        "spans": SpanMass(spans), "local": LocalMass(4, 8), "received": KeyMass(), "group": KeyMass(per="key_value_head"), "horizon": HorizonMass(1, 3),
+        "spans": SpanMass(spans), "local": LocalMass(4, 8), "received": KeyMass(), "group": KeyMass(per="key_value_head"),
+        "horizon": HorizonMass(1, 3),
     }  # fmt: skip
 
     def assert_rows(got, expected, tolerance=1e-5):

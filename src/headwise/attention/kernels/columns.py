@@ -58,7 +58,10 @@ def columns_kernel(
     M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, CLASSES: tl.constexpr, EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: N keys, and the queries rows_start..rows_stop-1 of one head (PER_KV: of all heads of the group)."""
+    """One program: N keys, and the queries of one head (PER_KV: of all heads of the group).
+
+    Blocks of queries outside rows_start..rows_stop-1 are not read; within a block, COUNTED says which queries count.
+    """
     pid = tl.program_id(0)
     tiles = tl.cdiv(m, N)
     group = heads // kv_heads
@@ -91,7 +94,7 @@ def columns_kernel(
             masked_stop = tl.cdiv(tl.maximum(tile * N + N - 1 - offset, 0), M)
         else:
             masked_stop = low
-        masked_stop = tl.maximum(masked_stop, tl.cdiv(rows_start, M))
+        masked_stop = tl.maximum(masked_stop, low)
         if tile * N + N > m:  # the last keys are not a whole tile
             masked_stop = stop
         whole_stop = tl.maximum(rows_stop // M, masked_stop)
@@ -121,8 +124,6 @@ def columns_kernel(
                          near, far, query_pos_ptr, query_doc_ptr, b * pos_sb_q, b * doc_sb_q, count_ptr, b * count_sb,
                          CAUSAL, WINDOWED, ALIGNED, DOCUMENTS, HORIZON, COUNTED, SOFTCAP, True,
                          M, N, BLOCK_D, WHOLE_D, EXACT)  # fmt: skip
-            i = block * M + tl.arange(0, M)
-            p = tl.where((i >= rows_start)[None, :], p, 0.0)
             got += tl.sum(tl.reshape(p, [N, M // CLASSES, CLASSES]), 1)
         for block in tl.range(masked_stop, whole_stop, num_stages=STAGES):
             p = _weights(q_base, q_sn, lse_ptr, row, k, place_k, doc_k, block, rows_stop, n, offset, d, scale, window, sink,
