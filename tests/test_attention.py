@@ -25,7 +25,7 @@ from headwise import (
 from headwise.attention import read as read_module
 from headwise.attention import statistic as statistics_module
 from headwise.attention.operator import _prepare
-from headwise.attention.stage import FAR, Block
+from headwise.attention.mask import FAR
 from headwise.attention.statistic import Distance, HorizonMass, KeyMass, LocalMass, PositionMass, SpanMass, TopKey, WeightAt
 from headwise.attention.sweeps import chunked
 from headwise.caches import Keep
@@ -50,9 +50,7 @@ masks = st.recursive(
 
 
 def dense(mask, n, m):
-    q, k = torch.zeros(1, 1, n, 1), torch.zeros(1, 1, m, 1)
-    block = Block(q, k, torch.arange(n), torch.arange(m), torch.arange(m - n, m)[None], torch.arange(m)[None])
-    return mask.visible(block).expand(1, 1, n, m)[0, 0]
+    return mask.dense(n, m)[0, 0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,10 +189,10 @@ def test_explain_says_why():
     assert told.backend == "chunked"
     assert "Softcap changes scores by more than adding" in told.refused["sdpa"]
     assert "not sdpa" in str(told)
-    assert set(told.to_dict()) == {"backend", "folds", "refused", "flops", "bytes", "statistics"}
+    assert set(told.to_dict()) == {"backend", "folds", "refused", "flops", "bytes", "not_folded", "kernel", "statistics"}
     with pytest.raises(BackendError, match="cannot run this read: Softcap"):
         attend(q, k, v, Softcap(2.0), backend="sdpa")
-    with pytest.raises(BackendError, match="there are: sdpa, chunked, reference"):
+    with pytest.raises(BackendError, match="there are: sdpa, kernel, flex, chunked, reference"):
         attend(q, k, v, backend="flash")
 
 

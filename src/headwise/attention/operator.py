@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..types import Statistics
 from .planner import Explanation, plan
-from .read import Operands, Read, block_of, check_stages, scores, weigh
+from .read import Operands, Read, check_stages, rows_of
 from .reduction import reduced
 from .stage import Stage
 from .statistic import NAMED, Statistic
@@ -76,14 +76,14 @@ def attend(
         statistics: names such as entropy, or {name: Statistic}; then the result is (output, statistics), from one sweep
             where there is one that does both.
         scale: factor on q k^T; default d ** -0.5.
-        backend: "sdpa", "chunked" or "reference"; with statistics "kernel", "blocked", "folded", "chunked" or "reference".
+        backend: "sdpa", "kernel", "flex", "chunked" or "reference"; with statistics "kernel", "blocked", "folded", "chunked" or "reference".
             Default: the planner's choice, see `explain`.
 
     Raises: ShapeError if shapes do not fit; BackendError if the named backend cannot run the read.
     """
     read, x = _prepare(q, k, v, stages, scale, query_positions, key_positions)
     if statistics is None:
-        return plan(read, x, backend).run(x)
+        return plan(read, x, backend).run()
     chosen = _named(statistics)
     out, found = sweep(read, x, list(chosen.values()), output=True, backend=backend)
     assert out is not None
@@ -168,5 +168,4 @@ def attention_weights(
     if step != 1:
         raise ValueError("rows must be a slice of step 1")
     with torch.no_grad():
-        block = block_of(x, start, stop, None)
-        return weigh(read, scores(read, block), block)[0]
+        return rows_of(read, x, start, stop, whole=True).weights

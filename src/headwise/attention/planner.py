@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import BackendError
-from .backends import chunked, reference, sdpa
-from .read import Operands, Read, fold_weights, reachable_pairs
+from .backends import chunked, flex, kernel, reference, sdpa
+from .folds import Folded, fold
+from .read import Operands, Read, reachable_pairs
 
-BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "chunked": chunked, "reference": reference}
+# In the order in which they are asked: the first that neither refuses nor shuns a read runs it.
+BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "kernel": kernel, "flex": flex, "chunked": chunked, "reference": reference}
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Explanation:
     """How a read is executed: the backend, the folds applied, why each faster backend was refused, expected cost.
 
     flops: floating-point operations of the two matrix products over the keys that the mask can reach. bytes: the
-    tensors read and written once, plus what the backend holds beside them. statistics: which sweep gives each.
+    tensors read and written once, plus what the backend holds beside them. not_folded: folds that would not be exact in
+    this dtype. kernel: the backend, and on a GPU which of PyTorch's kernels it asks for. statistics: which sweep gives each.
     """
 
     backend: str
@@ -28,6 +31,8 @@ class Explanation:
     refused: dict[str, str]
     flops: int
     bytes: int
+    not_folded: tuple[str, ...] = ()
+    kernel: str = ""
     statistics: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,12 +43,15 @@ class Explanation:
             "refused": dict(self.refused),
             "flops": self.flops,
             "bytes": self.bytes,
+            "not_folded": list(self.not_folded),
+            "kernel": self.kernel,
             "statistics": self.statistics,
         }
 
     def __str__(self) -> str:
-        lines = [f"backend   {self.backend}"]
+        lines = [f"backend   {self.kernel or self.backend}"]
         lines += [f"fold      {fold}" for fold in self.folds]
+        lines += [f"no fold   {fold}" for fold in self.not_folded]
         lines += [f"not {name:<9} {reason}" for name, reason in self.refused.items()]
         lines += [f"sweep     {name}: {sweep}" for name, sweep in (self.statistics or {}).items()]
         lines.append(f"expected  {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB")
@@ -52,15 +60,15 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Execution:
-    """A read ready to run."""
+    """A read ready to run, with its tensors."""
 
-    read: Read
+    folded: Folded
     backend: str
     explanation: Explanation
 
-    def run(self, x: Operands) -> Tensor:
+    def run(self) -> Tensor:
         """(b, h, n, dv)."""
-        out: Tensor = BACKENDS[self.backend].run(self.read, x)
+        out: Tensor = BACKENDS[self.backend].run(self.folded.read, self.folded.x)
         return out
 
 
@@ -71,19 +79,26 @@ def plan(read: Read, x: Operands, backend: str | None = None) -> Execution:
     """
     if backend is not None and backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    folded, folds = fold_weights(read, x)
-    if backend == "reference":
-        folded, folds = read, []  # the specification runs what was declared
+    # the specification runs what was declared
+    folded = Folded(read, x) if backend == "reference" else fold(read, x)
     refused: dict[str, str] = {}
     for name, module in BACKENDS.items():
         if backend is not None and name != backend:
             continue
-        reason = module.refuses(folded, x)
+        reason = module.refuses(folded.read, folded.x)
+        if reason is None and backend is None:
+            reason = module.shuns(folded.read, folded.x)
         if reason is None:
-            return Execution(folded, name, Explanation(name, tuple(folds), refused, _flops(folded, x), _bytes(folded, x, name)))
+            return Execution(folded, name, _explained(folded, name, refused))
         refused[name] = reason
     reason = refused[backend or ""]
     raise BackendError(f"backend {backend!r} cannot run this read: {reason}; leave backend= out to let the planner choose")
+
+
+def _explained(folded: Folded, name: str, refused: dict[str, str]) -> Explanation:
+    read, x = folded.read, folded.x
+    how = f"{name} ({sdpa.kernel(x)})" if name == "sdpa" and x.q.is_cuda else name
+    return Explanation(name, folded.folds, refused, _flops(read, x), _bytes(read, x, name), folded.kept, how)
 
 
 def _flops(read: Read, x: Operands) -> int:

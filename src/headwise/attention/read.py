@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import ShapeError
-from .stage import And, Bias, Block, Mask, Normalizer, Output, Score, Stage, Weights, softmax
+from .mask import And, Mask
+from .stage import Bias, Block, Normalizer, Output, RowScore, Score, Stage, Weights, softmax
 
 SWEEP_BYTES = 64 * 2**20  # of scores held at once
 BLOCK_COUNT_ROWS = 256  # rows a block when costs are counted
@@ -21,7 +22,7 @@ class Read:
     """How queries read keys and values, in the order in which it happens."""
 
     scale: float
-    scoring: tuple[Score | Bias, ...] = ()
+    scoring: tuple[Score | Bias | RowScore, ...] = ()
     mask: Mask | None = None
     normalizer: Normalizer | None = None
     weights: tuple[Weights, ...] = ()
@@ -33,14 +34,14 @@ class Read:
 
         Raises: ShapeError for an object that is no stage, or two normalizers.
         """
-        scoring = tuple(s for s in stages if isinstance(s, Score | Bias))
+        scoring = tuple(s for s in stages if isinstance(s, Score | Bias | RowScore))
         masks = tuple(s for s in stages if isinstance(s, Mask))
         normalizers = [s for s in stages if isinstance(s, Normalizer)]
         weights = tuple(s for s in stages if isinstance(s, Weights))
         outputs = tuple(s for s in stages if isinstance(s, Output))
         if len(scoring) + len(masks) + len(normalizers) + len(weights) + len(outputs) != len(stages):
-            strange = next(s for s in stages if not isinstance(s, Score | Bias | Mask | Normalizer | Weights | Output))
-            raise ShapeError(f"{strange!r} is no stage; give Mask, Bias, Score, Normalizer, Weights or Output stages")
+            strange = next(s for s in stages if not isinstance(s, Score | Bias | RowScore | Mask | Normalizer | Weights | Output))
+            raise ShapeError(f"{strange!r} is no stage; give Mask, Bias, Score, RowScore, Normalizer, Weights or Output stages")
         if len(normalizers) > 1:
             names = ", ".join(type(n).__name__ for n in normalizers)
             raise ShapeError(f"a read has one normalizer, not {len(normalizers)}: {names}")
@@ -145,8 +146,14 @@ def needed_keys(read: Read, x: Operands, start: int, stop: int) -> KeyIndex:
     m, offset = x.k.shape[2], x.k.shape[2] - x.q.shape[2]
     intervals = [(max(0, a), min(m, b)) for a, b in read.mask.reach(offset + start, offset + stop)]
     intervals = [(a, b) for a, b in intervals if a < b] or [(0, 1)]
-    if sum(b - a for a, b in intervals) >= m:
+    sparse = stop - start == 1 and read.mask.pattern() is None
+    if sum(b - a for a, b in intervals) >= m and not sparse:
         return None
+    if any(stage.adjacent for stage in read.stages() if isinstance(stage, RowScore | Weights)):
+        intervals = [(intervals[0][0], intervals[-1][1])]
+    elif sparse:  # one query: just what it reads
+        index = read.mask.keys(offset + start, m, x.q.shape[1], x.q.device)
+        return index if len(index) else slice(0, 1)
     if len(intervals) == 1:
         return slice(*intervals[0])
     return torch.cat([torch.arange(a, b, device=x.q.device) for a, b in intervals])
@@ -183,15 +190,21 @@ def block_of(x: Operands, start: int, stop: int, keys: KeyIndex) -> Block:
 def visibility(read: Read, block: Block) -> Tensor:
     """Booleans that broadcast to (b, h, c, m): the masks, and no empty slots."""
     visible = (block.key_position >= 0)[:, None, None, :]
-    return visible if read.mask is None else visible & read.mask.visible(block)
+    return visible if read.mask is None else visible & read.mask.visible(block.places)
 
 
 def scores(read: Read, block: Block) -> Tensor:
     """(b, h, c, m) scores in compute dtype, after every score and bias stage, -inf where masked."""
     s = torch.matmul(block.query.to(block.dtype), block.key.to(block.dtype).transpose(-1, -2)) * read.scale
+    visible = visibility(read, block)
     for stage in read.scoring:
-        s = stage.score(s, block) if isinstance(stage, Score) else s + stage.bias(block).to(block.dtype)
-    return s.masked_fill(~visibility(read, block), -torch.inf)
+        if isinstance(stage, Score):
+            s = stage.score(s, block.places)
+        elif isinstance(stage, Bias):
+            s = s + stage.bias(block.places).to(block.dtype)
+        else:
+            s = stage.score_rows(s, block, visible)
+    return s.masked_fill(~visible, -torch.inf)
 
 
 def weigh(read: Read, s: Tensor, block: Block) -> tuple[Tensor, Tensor]:
@@ -200,6 +213,39 @@ def weigh(read: Read, s: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     for stage in read.weights:
         weights = stage.edit(weights, block)
     return weights, log_normalizer
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a read, worked out: which keys they were read against, their places, scores and weights.
+
+    scores, weights: (b, h, c, keys); log_normalizer (b, h, c).
+    """
+
+    keys: KeyIndex
+    block: Block
+    scores: Tensor
+    weights: Tensor
+    log_normalizer: Tensor
+
+
+def rows_of(read: Read, x: Operands, start: int, stop: int, whole: bool = False) -> Rows:
+    """Rows start..stop-1 against the keys that they can reach (all of them: whole), with the earlier rows that they depend on."""
+    first = max(0, start - past_rows(read))
+    keys = None if whole else needed_keys(read, x, first, stop)
+    block = block_of(x, first, stop, keys)
+    s = scores(read, block)
+    weights, log_normalizer = weigh(read, s, block)
+    if first < start:
+        extra = start - first
+        s, weights, log_normalizer = s[:, :, extra:], weights[:, :, extra:], log_normalizer[:, :, extra:]
+        block = block_of(x, start, stop, keys)
+    return Rows(keys, block, s, weights, log_normalizer)
+
+
+def past_rows(read: Read) -> int:
+    """How many rows before its own a row depends on: scores on some, edits of weights on some more."""
+    return sum(stage.past_rows for stage in read.stages() if isinstance(stage, RowScore | Weights))
 
 
 def row_blocks(x: Operands, rows: int | None = None) -> Iterator[tuple[int, int]]:
@@ -223,18 +269,3 @@ def check_stages(read: Read, heads: int) -> None:
     """Raises: ShapeError if a stage carries another number of heads."""
     for stage in read.stages():
         stage.check_heads(heads)
-
-
-def fold_weights(read: Read, x: Operands) -> tuple[Read, list[str]]:
-    """Turns weight edits into output stages where they are exactly that; returns the read and what was folded, in words."""
-    folds: list[str] = []
-    outputs: list[Output] = []
-    if not x.aligned or x.q.shape[2] > x.k.shape[2]:
-        return read, folds  # queries have no place among the keys, which a fold may need
-    for stage in read.weights:
-        folded = stage.fold()
-        if folded is None:
-            return read, []  # order matters: fold all or none
-        outputs.append(folded)
-        folds.append(f"{type(stage).__name__} on the weights = {type(folded).__name__} on the output")
-    return replace(read, weights=(), outputs=(*outputs, *read.outputs)), folds

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
@@ -19,8 +19,39 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
-FAR = 1 << 60
-Interval = tuple[int, int]
+
+@dataclass(frozen=True)
+class Places:
+    """Where scores stand. Each is an index tensor, and together they broadcast to (b, h, c, m); or all are single numbers.
+
+    batch, head: which row of the batch, which query head. row, column: of the score matrix. i, j: the positions of the
+    query and of the key in the sequence; a negative j marks an empty slot. dtype: what scores are computed in.
+    A stage that is written with these alone runs on every backend, also where it is compiled into a kernel.
+    """
+
+    batch: Tensor
+    head: Tensor
+    row: Tensor
+    column: Tensor
+    i: Tensor
+    j: Tensor
+    dtype: torch.dtype
+
+    def distance(self) -> Tensor:
+        """Query position minus key position."""
+        return self.i - self.j
+
+    def of_head(self, value: Tensor) -> Tensor:
+        """A per-head tensor (heads or 1, ...) at each place's head."""
+        value = value.to(self.head.device)
+        return value[0] if len(value) == 1 else value[self.head]
+
+    def of_table(self, table: Tensor) -> Tensor:
+        """A table (b or 1, h or 1, n, m) at each place."""
+        if self.row.dim():
+            return table[:, :, self.row.flatten()][..., self.column.flatten()]
+        b, h = table.shape[:2]
+        return table[self.batch * int(b > 1), self.head * int(h > 1), self.row, self.column]
 
 
 @dataclass(frozen=True)
@@ -40,9 +71,11 @@ class Block:
     key_position: Tensor
 
     @staticmethod
-    def of_places(query_index: Tensor, key_index: Tensor, query_position: Tensor, key_position: Tensor) -> Block:
+    def of_places(
+        query_index: Tensor, key_index: Tensor, query_position: Tensor, key_position: Tensor, batch: int = 1, heads: int = 1
+    ) -> Block:
         """A rectangle of which only the places matter: enough to ask a mask, or a statistic of weights."""
-        nothing = torch.empty(0, device=query_position.device)
+        nothing = torch.empty(batch, heads, 0, 0, device=query_position.device)
         return Block(nothing, nothing, query_index, key_index, query_position, key_position)
 
     @property
@@ -50,50 +83,37 @@ class Block:
         """What scores are computed in: the queries' dtype, but at least float32."""
         return torch.promote_types(self.query.dtype, torch.float32)
 
+    @cached_property
+    def places(self) -> Places:
+        """Where its scores stand."""
+        device = self.query_position.device
+        b, h = self.query.shape[:2]
+        return Places(
+            torch.arange(b, device=device)[:, None, None, None],
+            torch.arange(h, device=device)[:, None, None],
+            self.query_index.to(device)[:, None],
+            self.key_index.to(device),
+            self.query_position[:, None, :, None],
+            self.key_position[:, None, None, :],
+            self.dtype,
+        )
+
     def distance(self) -> Tensor:
         """(b or 1, 1, c, m): query position minus key position."""
-        return (self.query_position[:, :, None] - self.key_position[:, None, :])[:, None]
+        return self.places.distance()
 
 
-@dataclass(frozen=True, eq=False)
-class Pattern:
-    """A mask in the form that kernels know: places, and documents.
+@dataclass(frozen=True)
+class Columns:
+    """A bias that is a product of few columns: bias_ij = query_i . key_j, up to a constant in each row.
 
-    A query reads a key if it is not later (causal), and less than `window` places away or one of the first `sink` (no
-    window: everywhere), and of the same document: ids (positions,) or (b, positions).
+    query: (b or 1, h or 1, n, r). key: (b or 1, h or 1, m, r). computed: whether the columns were computed from positions or
+    settings, and so may be rounded; data that the user gives are what they are, as q and k are.
     """
 
-    causal: bool = False
-    window: int | None = None
-    sink: int = 0
-    documents: Tensor | None = None
-
-    def both(self, other: Pattern) -> Pattern | None:
-        """What both show; None where that has no such form."""
-        if self.documents is not None and other.documents is not None:
-            return None
-        narrow, wide = sorted((self, other), key=lambda p: FAR if p.window is None else p.window)
-        if wide.window is not None and narrow.window != wide.window and narrow.sink != wide.sink:
-            return None
-        window = narrow.window
-        sink = narrow.sink if wide.window is None or narrow.sink == wide.sink else min(narrow.sink, wide.sink)
-        documents = self.documents if other.documents is None else other.documents
-        return Pattern(self.causal or other.causal, window, sink, documents)
-
-    def either(self, other: Pattern) -> Pattern | None:
-        """What one of them shows; None where that has no such form."""
-        if self.causal or other.causal or self.documents is not None or other.documents is not None:
-            return None
-        if self.window is None or other.window is None:
-            return Pattern()
-        return Pattern(window=max(self.window, other.window), sink=max(self.sink, other.sink))
-
-
-def documents_at(ids: Tensor, places: Tensor) -> Tensor:
-    """(b or 1, c): the documents at some positions (b or 1, c); those of empty slots mean nothing."""
-    ids = torch.atleast_2d(ids).to(places.device)
-    rows = max(len(ids), len(places))
-    return ids.expand(rows, -1).gather(1, places.clamp(min=0).expand(rows, -1))
+    query: Tensor
+    key: Tensor
+    computed: bool = True
 
 
 class Stage(ABC):  # noqa: B024 - what a stage must do is up to its kind
@@ -123,14 +143,18 @@ class Stage(ABC):  # noqa: B024 - what a stage must do is up to its kind
 
 
 class Score(Stage):
-    """Changes scores elementwise."""
+    """Changes scores one by one."""
 
     @abstractmethod
-    def score(self, scores: Tensor, block: Block) -> Tensor:
-        """(b, h, c, m) -> the same shape."""
+    def score(self, scores: Tensor, places: Places) -> Tensor:
+        """Scores at some places -> the same shape."""
 
     def softcap(self) -> float | None:
         """If this is cap * tanh(score / cap), that cap; None otherwise."""
+        return None
+
+    def factor(self) -> Tensor | None:
+        """If this multiplies a head's scores by a number, those numbers (heads,) or (1,); None otherwise."""
         return None
 
 
@@ -138,105 +162,35 @@ class Bias(Stage):
     """Adds to scores; a kind of its own because fused kernels take it as an additive mask."""
 
     @abstractmethod
-    def bias(self, block: Block) -> Tensor:
-        """A tensor that broadcasts to (b, h, c, m)."""
+    def bias(self, places: Places) -> Tensor:
+        """What is added at some places; broadcasts to (b, h, c, m)."""
 
-
-class Mask(Stage):
-    """Says which keys a query may read. Masks combine with & (both), | (either) and ~ (not)."""
-
-    @abstractmethod
-    def visible(self, block: Block) -> Tensor:
-        """Booleans that broadcast to (b, h, c, m)."""
-
-    def reach(self, low: int, high: int) -> list[Interval]:
-        """Key positions that queries at positions low..high-1 could read: sorted, disjoint [start, stop); may hold more."""
-        return [(0, FAR)]
-
-    def pattern(self) -> Pattern | None:
-        """The same mask in the form that kernels know; None if it has none."""
+    def columns(self, block: Block, causal: bool) -> Columns | None:
+        """The same bias as a product of few columns, where it is one. causal: later keys are hidden anyway."""
         return None
 
-    def __and__(self, other: Mask) -> Mask:
-        return And((self, other))
+    def distance_slopes(self) -> Tensor | None:
+        """If this is -slope |i - j|, the slopes (heads,) or (1,); None otherwise."""
+        return None
 
-    def __or__(self, other: Mask) -> Mask:
-        return Or((self, other))
-
-    def __invert__(self) -> Mask:
-        return Not(self)
-
-
-@dataclass(frozen=True)
-class And(Mask):
-    """Visible where all parts are."""
-
-    parts: tuple[Mask, ...]
-
-    def visible(self, block: Block) -> Tensor:
-        return reduce(torch.logical_and, (part.visible(block) for part in self.parts))
-
-    def reach(self, low: int, high: int) -> list[Interval]:
-        return reduce(_intersect, (part.reach(low, high) for part in self.parts))
-
-    def pattern(self) -> Pattern | None:
-        return _patterns(self.parts, Pattern.both)
-
-    def select(self, heads: Sequence[int]) -> And:
-        return And(tuple(part.select(heads) for part in self.parts))
-
-    def __str__(self) -> str:
-        return " & ".join(_inside(part) for part in self.parts)
+    def relative_table(self) -> Tensor | None:
+        """If this is table[head, clamp(i - j, -R, R) + R], that table (heads or 1, 2 R + 1); None otherwise."""
+        return None
 
 
-@dataclass(frozen=True)
-class Or(Mask):
-    """Visible where any part is."""
+class RowScore(Stage):
+    """Changes scores knowing the whole row, its keys, and rows before it.
 
-    parts: tuple[Mask, ...]
+    past_rows: how many rows before its own a row's scores depend on. adjacent: whether it needs neighbouring keys next to
+    each other.
+    """
 
-    def visible(self, block: Block) -> Tensor:
-        return reduce(torch.logical_or, (part.visible(block) for part in self.parts))
+    past_rows: int = 0
+    adjacent: bool = False
 
-    def reach(self, low: int, high: int) -> list[Interval]:
-        return _merge([interval for part in self.parts for interval in part.reach(low, high)])
-
-    def pattern(self) -> Pattern | None:
-        return _patterns(self.parts, Pattern.either)
-
-    def select(self, heads: Sequence[int]) -> Or:
-        return Or(tuple(part.select(heads) for part in self.parts))
-
-    def __str__(self) -> str:
-        return " | ".join(_inside(part) for part in self.parts)
-
-
-@dataclass(frozen=True)
-class Not(Mask):
-    """Visible where its part is not. Empty key slots stay invisible: they are no keys at all."""
-
-    part: Mask
-
-    def visible(self, block: Block) -> Tensor:
-        return ~self.part.visible(block)
-
-    def select(self, heads: Sequence[int]) -> Not:
-        return Not(self.part.select(heads))
-
-    def __str__(self) -> str:
-        return f"~{_inside(self.part)}"
-
-
-def _patterns(parts: Sequence[Mask], join: Callable[[Pattern, Pattern], Pattern | None]) -> Pattern | None:
-    joined = parts[0].pattern()
-    for part in parts[1:]:
-        other = part.pattern()
-        joined = None if joined is None or other is None else join(joined, other)
-    return joined
-
-
-def _inside(mask: Mask) -> str:
-    return f"({mask})" if isinstance(mask, And | Or) else str(mask)
+    @abstractmethod
+    def score_rows(self, scores: Tensor, block: Block, visible: Tensor) -> Tensor:
+        """(b, h, c, m) scores before masking, and what the mask shows of them -> the same shape."""
 
 
 class Normalizer(Stage):
@@ -250,9 +204,16 @@ class Normalizer(Stage):
         """(h,) or (1,): if this is softmax with one more logit in its denominator, that logit; None otherwise."""
         return None
 
+    def entmax_alpha(self) -> float | None:
+        """If this is entmax, its alpha (2: sparsemax); None otherwise."""
+        return None
+
 
 class Weights(Stage):
-    """Changes weights after normalisation."""
+    """Changes weights after normalisation. past_rows, adjacent: as of a RowScore."""
+
+    past_rows: int = 0
+    adjacent: bool = False
 
     @abstractmethod
     def edit(self, weights: Tensor, block: Block) -> Tensor:
@@ -276,17 +237,3 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     log_normalizer = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - log_normalizer.masked_fill(log_normalizer.isinf(), 0.0)[..., None])
     return weights, log_normalizer
-
-
-def _intersect(first: list[Interval], second: list[Interval]) -> list[Interval]:
-    return [(max(a, c), min(b, d)) for a, b in first for c, d in second if max(a, c) < min(b, d)]
-
-
-def _merge(intervals: list[Interval]) -> list[Interval]:
-    merged: list[Interval] = []
-    for start, stop in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
-        elif start < stop:
-            merged.append((start, stop))
-    return merged

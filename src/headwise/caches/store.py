@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.stage import FAR, Mask
+from ..attention.mask import FAR, Mask
 from ..errors import PlanError
 
 GROWTH = 64  # tokens that a store allocates at a time

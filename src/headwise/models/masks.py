@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..attention.stage import Bias, Block, Mask, Stage
+from ..attention.mask import Mask
+from ..attention.stage import Bias, Block, Places, Stage
 from ..stages.causal import Causal
 from ..stages.window import Window
 
@@ -23,10 +24,6 @@ class _Table(Stage):
 
     table: Tensor
 
-    def at(self, block: Block) -> Tensor:
-        """The block's part."""
-        return self.table[:, :, block.query_index][..., block.key_index]
-
     def select(self, heads: Sequence[int]) -> Self:
         return self if self.table.shape[1] == 1 else replace(self, table=self.table[:, list(heads)])
 
@@ -34,15 +31,15 @@ class _Table(Stage):
 class DenseMask(_Table, Mask):
     """A mask that the model brings: booleans."""
 
-    def visible(self, block: Block) -> Tensor:
-        return self.at(block)
+    def visible(self, places: Places) -> Tensor:
+        return places.of_table(self.table)
 
 
 class DenseBias(_Table, Bias):
     """A bias that the model brings."""
 
-    def bias(self, block: Block) -> Tensor:
-        return self.at(block)
+    def bias(self, places: Places) -> Tensor:
+        return places.of_table(self.table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +80,7 @@ def _shows(stages: tuple[Mask, ...], table: Tensor, queries: Tensor, keys: Tenso
     for start in range(0, table.shape[1], ROWS):
         rows = table[:, start : start + ROWS]
         block = Block.of_places(index[: rows.shape[1]] + start, index, queries[:, start : start + ROWS], keys)
-        shown = reduce(torch.logical_and, (stage.visible(block)[:, 0] for stage in stages), there[:, None])
+        shown = reduce(torch.logical_and, (stage.visible(block.places)[:, 0] for stage in stages), there[:, None])
         if not bool((shown == rows).all()):
             return False
     return True

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..attention.stage import And, Mask, Output, Stage
+from ..attention.mask import And, Mask
+from ..attention.stage import Output, Stage
 from ..caches import Keep
 from ..stages.window import Window
 from ..types import Heads

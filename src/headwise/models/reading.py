@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention.stage import Mask, Stage
+from ..attention.mask import Mask
+from ..attention.stage import Stage
 from ..caches import Keep, View
 from .call import Reading
 from .layout import Site

@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 
 from .. import registry
-from ..attention.stage import And, Not, Or, Stage
+from ..attention.mask import And, Not, Or
+from ..attention.stage import Stage
 from ..errors import HeadwiseError, PlanError
 from ..types import Heads
 from ..version import __version__

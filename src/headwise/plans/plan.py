@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..attention.stage import Mask, Stage
+from ..attention.mask import Mask
+from ..attention.stage import Stage
 from ..errors import GeometryError, PlanError, SelectionError
 from ..models.program import Entry
 from ..models.session import session_of

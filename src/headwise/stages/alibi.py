@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention.stage import Bias, Block
+from ..attention.stage import Bias, Block, Columns, Places
 from ..card import Card
 
 CARD = Card(
@@ -28,11 +28,29 @@ class Alibi(Bias):
 
     @staticmethod
     def geometric(heads: int) -> Alibi:
-        """The paper's slopes for a power of two of heads: 2^(-8/h), 2^(-16/h), ..., 2^-8."""
-        return Alibi(torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads))
+        """The paper's slopes: 2^(-8/h), 2^(-16/h), ..., 2^-8 for a power of two of heads.
 
-    def bias(self, block: Block) -> Tensor:
-        return -self.slopes.to(block.query.device, block.dtype)[:, None, None] * block.distance().abs()
+        For other numbers, as in the authors' code: those of the power of two below, and every second one of the next.
+        """
+        power = 1 << (heads.bit_length() - 1)
+        slopes = torch.exp2(-8.0 * torch.arange(1, power + 1) / power)
+        between = torch.exp2(-4.0 * torch.arange(1, 2 * power + 1, 2) / power)
+        return Alibi(torch.cat([slopes, between[: heads - power]]))
+
+    def bias(self, places: Places) -> Tensor:
+        return -places.of_head(self.slopes.to(places.dtype)) * places.distance().abs()
+
+    def columns(self, block: Block, causal: bool) -> Columns | None:
+        """With later keys hidden, -m (i - j) is m j up to a constant of the row: one column. |i - j| itself has full rank."""
+        if not causal:
+            return None
+        middle = block.key_position.shape[1] // 2  # keeps the products small
+        slopes = self.slopes.to(block.query.device, block.query.dtype)
+        key = (block.key_position - middle).to(block.query.dtype)[:, None, :, None]
+        return Columns(slopes[None, :, None, None].expand(-1, -1, block.query.shape[2], -1), key)
+
+    def distance_slopes(self) -> Tensor:
+        return self.slopes
 
 
 def oracle(stage: Alibi, score: float, head: int, i: int, j: int) -> float:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attention.stage import Block, Interval, Mask, Pattern
+from ..attention.mask import Interval, Mask, Pattern, Ranges
+from ..attention.stage import Places
 from ..card import Card
 
 CARD = Card(
@@ -23,8 +24,11 @@ class Causal(Mask):
 
     is_causal = True
 
-    def visible(self, block: Block) -> Tensor:
-        return block.distance() >= 0
+    def visible(self, places: Places) -> Tensor:
+        return places.i >= places.j
+
+    def bounds(self, ranges: Ranges) -> tuple[Tensor, Tensor]:
+        return ranges.i_high >= ranges.j_low, ranges.i_low >= ranges.j_high
 
     def reach(self, low: int, high: int) -> list[Interval]:
         return [(0, high)]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.stage import Block, Mask, Pattern, documents_at
+from ..attention.mask import Mask, Pattern, Ranges
+from ..attention.stage import Places
 from ..card import Card
 
 CARD = Card(
@@ -29,12 +30,33 @@ class Documents(Mask):
 
     ids: Tensor
 
-    def visible(self, block: Block) -> Tensor:
-        own, theirs = (documents_at(self.ids, place) for place in (block.query_position, block.key_position))
-        return (own[:, :, None] == theirs[:, None, :])[:, None]
+    def visible(self, places: Places) -> Tensor:
+        return self._at(places, places.i) == self._at(places, places.j)
+
+    def _at(self, places: Places, position: Tensor) -> Tensor:
+        """The documents at some positions; those of empty slots mean nothing."""
+        ids, position = self.ids.to(position.device), position.clamp(min=0)
+        return ids[position] if ids.dim() == 1 else ids[0][position] if len(ids) == 1 else ids[places.batch, position]
+
+    def bounds(self, ranges: Ranges) -> tuple[Tensor, Tensor]:
+        own, theirs = (self._range(low.flatten(), high.flatten()) for low, high in _ends(ranges))
+        (i_least, i_most), (j_least, j_most) = (part[..., :, None] for part in own), (part[..., None, :] for part in theirs)
+        some = (i_least <= j_most) & (j_least <= i_most)
+        return some, (i_least == i_most) & (j_least == j_most) & (i_least == j_least)
+
+    def _range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """(b or 1, 1, ranges): the least and the greatest id among the positions of each range."""
+        ids = torch.atleast_2d(self.ids).to(low.device)
+        inside = low[:, None] + torch.arange(int((high - low).max()) + 1, device=low.device)
+        found = ids[:, None, torch.minimum(inside, high[:, None]).clamp(min=0)]
+        return found.amin(-1), found.amax(-1)
 
     def pattern(self) -> Pattern:
         return Pattern(documents=self.ids)
+
+
+def _ends(ranges: Ranges) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return (ranges.i_low, ranges.i_high), (ranges.j_low, ranges.j_high)
 
 
 def oracle(stage: Documents, i: int, j: int) -> bool:

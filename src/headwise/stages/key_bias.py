@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.stage import Bias, Block
+from ..attention.stage import Bias, Block, Columns, Places
 from ..card import Card
 from ..errors import ShapeError
 
@@ -35,10 +35,14 @@ class KeyBias(Bias):
         if self.factor <= 0:
             raise ShapeError(f"factor {self.factor} has no logarithm; use a mask to hide keys altogether")
 
-    def bias(self, block: Block) -> Tensor:
-        position = block.key_position
-        inside = (position >= self.start) & (position < self.stop)
-        return (inside * torch.tensor(math.log(self.factor), dtype=block.dtype))[:, None, None, :]
+    def bias(self, places: Places) -> Tensor:
+        inside = (places.j >= self.start) & (places.j < self.stop)
+        return inside.to(places.dtype) * math.log(self.factor)
+
+    def columns(self, block: Block, causal: bool) -> Columns:
+        """A bias of the key alone: one column."""
+        value = self.bias(block.places).transpose(-1, -2).to(block.query.dtype)
+        return Columns(torch.ones_like(value[:, :, :1]).expand(-1, -1, block.query.shape[2], -1), value)
 
 
 def oracle(stage: KeyBias, score: float, head: int, i: int, j: int) -> float:

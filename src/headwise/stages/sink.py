@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attention.stage import Block, Interval, Mask, Pattern
+from ..attention.mask import Interval, Mask, Pattern, Ranges
+from ..attention.stage import Places
 from ..card import Card
 
 CARD = Card(
@@ -23,8 +24,11 @@ class Sink(Mask):
 
     size: int
 
-    def visible(self, block: Block) -> Tensor:
-        return (block.key_position < self.size)[:, None, None, :]
+    def visible(self, places: Places) -> Tensor:
+        return places.j < self.size
+
+    def bounds(self, ranges: Ranges) -> tuple[Tensor, Tensor]:
+        return ranges.j_low < self.size, ranges.j_high < self.size
 
     def reach(self, low: int, high: int) -> list[Interval]:
         return [(0, self.size)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.stage import Block, Score
+from ..attention.stage import Places, Score
 from ..card import Card
 
 CARD = Card(
@@ -25,7 +25,7 @@ class Softcap(Score):
 
     cap: float
 
-    def score(self, scores: Tensor, block: Block) -> Tensor:
+    def score(self, scores: Tensor, places: Places) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)
 
     def softcap(self) -> float:

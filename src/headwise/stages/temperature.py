@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention.stage import Block, Score
+from ..attention.stage import Places, Score
 from ..card import Card
 
 CARD = Card(
@@ -26,8 +26,11 @@ class Temperature(Score):
     value: Tensor
     per_head: ClassVar[tuple[str, ...]] = ("value",)
 
-    def score(self, scores: Tensor, block: Block) -> Tensor:
-        return scores / self.value.to(scores).view(-1, 1, 1)
+    def score(self, scores: Tensor, places: Places) -> Tensor:
+        return scores / places.of_head(self.value.to(places.dtype))
+
+    def factor(self) -> Tensor:
+        return 1 / self.value.double()
 
 
 def oracle(stage: Temperature, score: float, head: int, i: int, j: int) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attention.stage import Block, Score
+from ..attention.stage import Places, Score
 from ..card import Card
 
 CARD = Card(
@@ -22,8 +22,11 @@ CARD = Card(
 class Uniform(Score):
     """Sets every score to zero, so that all visible keys weigh the same: an ablation milder than a closed gate."""
 
-    def score(self, scores: Tensor, block: Block) -> Tensor:
+    def score(self, scores: Tensor, places: Places) -> Tensor:
         return torch.zeros_like(scores)
+
+    def factor(self) -> Tensor:
+        return torch.zeros(1)
 
 
 def oracle(stage: Uniform, score: float, head: int, i: int, j: int) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..attention.stage import Block, Interval, Mask, Pattern
+from ..attention.mask import Interval, Mask, Pattern, Ranges
+from ..attention.stage import Places
 from ..card import Card
 from ..errors import ShapeError
 
@@ -28,8 +30,13 @@ class Window(Mask):
         if self.size < 1:
             raise ShapeError(f"a window of {self.size} tokens reads nothing; size must be at least 1")
 
-    def visible(self, block: Block) -> Tensor:
-        return block.distance().abs() < self.size
+    def visible(self, places: Places) -> Tensor:
+        return places.distance().abs() < self.size
+
+    def bounds(self, ranges: Ranges) -> tuple[Tensor, Tensor]:
+        after, before = ranges.i_low - ranges.j_high, ranges.j_low - ranges.i_high  # the least distance, to either side
+        farthest = torch.maximum(ranges.i_high - ranges.j_low, ranges.j_high - ranges.i_low)
+        return torch.maximum(after, before) < self.size, farthest < self.size
 
     def reach(self, low: int, high: int) -> list[Interval]:
         return [(max(0, low - self.size + 1), high + self.size - 1)]

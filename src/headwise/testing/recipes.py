@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.stage import Mask
+from ..attention.mask import Mask
 from ..models.subject import Subject, open_model
 from ..plans import Plan
 from ._check import Item, require

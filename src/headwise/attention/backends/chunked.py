@@ -1,4 +1,7 @@
-"""Exact for any row-wise stage at O(n x rows) memory, forward and backward, on any device."""
+"""Exact for any row-wise stage at O(n x rows) memory, forward and backward, on any device.
+
+A softmax read is cut along the keys too where whole rows would not fit: chunks are merged by their maxima and sums.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,24 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..read import Operands, Read, apply_outputs, block_of, needed_keys, repeat_heads, row_blocks, scores, take_keys, weigh
+from .. import read as sizes
+from ..read import (
+    KeyIndex,
+    Operands,
+    Read,
+    apply_outputs,
+    block_of,
+    needed_keys,
+    past_rows,
+    repeat_heads,
+    row_blocks,
+    rows_of,
+    scores,
+    take_keys,
+)
+from ..stage import RowScore
+
+LEAST_ROWS = 16  # rows of a block, below which keys are cut instead
 
 
 def refuses(read: Read, x: Operands) -> str | None:
@@ -14,21 +34,77 @@ def refuses(read: Read, x: Operands) -> str | None:
     return None
 
 
-def run(read: Read, x: Operands, rows: int | None = None) -> Tensor:
-    """(b, h, n, dv), a block of rows at a time; the backward pass computes each block again instead of keeping it."""
+def shuns(read: Read, x: Operands) -> str | None:
+    """Nothing."""
+    return None
+
+
+def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = None) -> Tensor:
+    """(b, h, n, dv), a block of rows at a time; the backward pass computes each block again instead of keeping it.
+
+    rows: how many in a block; keys: how many keys at a time (softmax only). Both chosen by memory if not given.
+    """
     assert x.v is not None
-    v = x.v
+    v, m = x.v, x.k.shape[2]
+    cuttable = splits(read)
+    if keys is None and cuttable and x.q.shape[0] * x.q.shape[1] * m * LEAST_ROWS * max(4, x.q.dtype.itemsize) > sizes.SWEEP_BYTES:
+        keys = max(256, sizes.SWEEP_BYTES // (x.q.shape[0] * x.q.shape[1] * LEAST_ROWS * max(4, x.q.dtype.itemsize)))
+    cut = cuttable and keys is not None and keys < m
 
-    def rows_of(start: int, stop: int) -> Tensor:
-        keys = needed_keys(read, x, start, stop)
-        block = block_of(x, start, stop, keys)
-        weights, _ = weigh(read, scores(read, block), block)
-        values = repeat_heads(take_keys(v, keys), x.groups)
-        return torch.matmul(weights, values.to(weights.dtype)).to(v.dtype)
+    def whole(start: int, stop: int) -> Tensor:
+        part = rows_of(read, x, start, stop)
+        values = repeat_heads(take_keys(v, part.keys), x.groups)
+        return torch.matmul(part.weights, values.to(part.weights.dtype)).to(v.dtype)
 
-    keep_nothing = torch.is_grad_enabled()
-    parts = [
-        checkpoint(rows_of, start, stop, use_reentrant=False) if keep_nothing else rows_of(start, stop)
-        for start, stop in row_blocks(x, rows)
-    ]
+    def saved(function, *arguments):  # type: ignore[no-untyped-def]
+        return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
+
+    parts = []
+    for start, stop in row_blocks(x, rows):
+        if cut and keys is not None:
+            chunks = [saved(_chunk, read, x, start, stop, part) for part in _chunks(read, x, start, stop, keys)]
+            parts.append(_merge(read, chunks).to(v.dtype))
+        else:
+            parts.append(saved(whole, start, stop))
     return apply_outputs(read, torch.cat(parts, dim=2) if parts else v.new_zeros(*x.q.shape[:3], v.shape[-1]), x)
+
+
+def splits(read: Read) -> bool:
+    """Whether a row can be read in pieces: a softmax whose scores know nothing of the rest of their row."""
+    plain = read.normalizer is None or read.normalizer.extra_logit() is not None
+    return plain and not read.weights and not any(isinstance(stage, RowScore) for stage in read.scoring) and not past_rows(read)
+
+
+def _chunks(read: Read, x: Operands, start: int, stop: int, keys: int) -> list[KeyIndex]:
+    """The keys that some rows need, a few at a time; the last piece may be shorter."""
+    needed = needed_keys(read, x, start, stop)
+    index = torch.arange(x.k.shape[2], device=x.k.device)
+    return list((index if needed is None else index[needed]).split(keys))
+
+
+def _chunk(read: Read, x: Operands, start: int, stop: int, keys: KeyIndex) -> tuple[Tensor, Tensor, Tensor]:
+    """Unnormalised output (b, h, c, dv), sum and maximum (b, h, c, 1) of some rows over some keys."""
+    assert x.v is not None
+    block = block_of(x, start, stop, keys)
+    s = scores(read, block)
+    top = s.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isinf(), 0.0, top)  # a chunk that is all masked adds nothing, and no NaN
+    e = torch.exp(s - top)
+    values = repeat_heads(take_keys(x.v, keys), x.groups)
+    return torch.matmul(e, values.to(e.dtype)), e.sum(-1, keepdim=True), top.masked_fill(~(s.detach() > -torch.inf).any(-1, True), -torch.inf)
+
+
+def _merge(read: Read, chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The output of rows from that of their chunks."""
+    top = torch.stack([part[2] for part in chunks]).amax(0)
+    logit = None if read.normalizer is None else read.normalizer.extra_logit()
+    if logit is not None:
+        logit = logit.to(top).view(1, -1, 1, 1)
+        top = torch.maximum(top, logit.detach())
+    top = torch.where(top.isinf(), 0.0, top)
+    factors = [torch.exp(part[2] - top) for part in chunks]
+    out = sum(part[0] * factor for part, factor in zip(chunks, factors, strict=True))
+    total = sum(part[1] * factor for part, factor in zip(chunks, factors, strict=True))
+    if logit is not None:
+        total = total + torch.exp(logit - top)
+    return out / torch.where(total == 0, 1.0, total)  # type: ignore[arg-type, operator, no-any-return, return-value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..read import Operands, Read, apply_outputs, block_of, repeat_heads, scores, weigh
+from ..read import Operands, Read, apply_outputs, repeat_heads, rows_of
 
 
 def refuses(read: Read, x: Operands) -> str | None:
@@ -13,10 +13,14 @@ def refuses(read: Read, x: Operands) -> str | None:
     return None
 
 
+def shuns(read: Read, x: Operands) -> str | None:
+    """Nothing: it stands last."""
+    return None
+
+
 def run(read: Read, x: Operands) -> Tensor:
     """(b, h, n, dv), holding all n x m weights."""
     assert x.v is not None
-    block = block_of(x, 0, x.q.shape[2], None)
-    weights, _ = weigh(read, scores(read, block), block)
+    weights = rows_of(read, x, 0, x.q.shape[2], whole=True).weights
     out = torch.matmul(weights, repeat_heads(x.v, x.groups).to(weights.dtype)).to(x.v.dtype)
     return apply_outputs(read, out, x)

@@ -6,15 +6,23 @@ what they read and no n x m mask is built.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from ..read import Operands, Read, apply_outputs, block_of, needed_keys, reachable_pairs, repeat_heads, take_keys, visibility
 from ..stage import Bias
 
 BLOCK_ROWS = 256
 MASK_ELEMENTS = 2**25  # a larger mask is built a block of rows at a time
+CUDNN_QUERIES = 1024  # on Hopper, from how many queries on cuDNN's kernel is the faster one
+PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def refuses(read: Read, x: Operands) -> str | None:
@@ -30,23 +38,70 @@ def refuses(read: Read, x: Operands) -> str | None:
     return None
 
 
+def shuns(read: Read, x: Operands) -> str | None:
+    """Why another backend is better: on a GPU, whatever needs a table of masks or biases that it must build."""
+    if x.q.is_cuda and not _fused(read, x) and x.q.shape[2] > 1:
+        what = "biases" if read.scoring else "masks" if read.mask is not None else "sinks"
+        return f"it would build {what} for blocks of {BLOCK_ROWS} rows"
+    return None
+
+
+def kernel(x: Operands) -> str:
+    """Which of PyTorch's kernels is asked for first."""
+    return "cuDNN" if _cudnn(x) else "PyTorch's choice"
+
+
 def run(read: Read, x: Operands) -> Tensor:
     """(b, h, n, dv)."""
     assert x.v is not None
     n, m = x.q.shape[2], x.k.shape[2]
-    plain = not read.scoring and read.normalizer is None
-    if plain and x.aligned and (read.mask is None or (_is_causal(read) and n in (1, m))):
+    if _fused(read, x):
         causal = read.mask is not None and n > 1
-        out = F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=causal, scale=read.scale, enable_gqa=x.groups > 1)
+        with _kernels(x):
+            out = _padded(x, causal, read.scale)
         return apply_outputs(read, out, x)
     narrow = not _is_causal(read) and reachable_pairs(read, x) <= 0.75 * n * m
     rows = BLOCK_ROWS if narrow or n * m > MASK_ELEMENTS else n
-    parts = [_rows(read, x, start, min(start + rows, n)) for start in range(0, n, rows)]
+    blocks = [(start, min(start + rows, n)) for start in range(0, n, rows)]
+    again = torch.is_grad_enabled() and len(blocks) > 1  # else every block's mask is kept for the backward pass
+    parts = [checkpoint(_rows, read, x, *ends, use_reentrant=False) if again else _rows(read, x, *ends) for ends in blocks]
     return apply_outputs(read, torch.cat(parts, dim=2) if len(parts) > 1 else parts[0], x)
+
+
+def _padded(x: Operands, causal: bool, scale: float) -> Tensor:
+    """The fused call; values are made as wide as keys where those have columns beside them, which fused kernels ask for."""
+    assert x.v is not None
+    wide, dv = x.q.shape[-1], x.v.shape[-1]
+    v = F.pad(x.v, (0, wide - dv)) if x.q.is_cuda and dv < wide else x.v
+    out = F.scaled_dot_product_attention(x.q, x.k, v, is_causal=causal, scale=scale, enable_gqa=x.groups > 1)
+    return out[..., :dv]
+
+
+def _fused(read: Read, x: Operands) -> bool:
+    """Whether the read is one call that needs no table."""
+    plain = not read.scoring and read.normalizer is None and x.aligned
+    return plain and (read.mask is None or (_is_causal(read) and x.q.shape[2] in (1, x.k.shape[2])))
 
 
 def _is_causal(read: Read) -> bool:
     return getattr(read.mask, "is_causal", False)
+
+
+def _cudnn(x: Operands) -> bool:
+    """Whether cuDNN's kernel is the faster one here: half precision on Hopper, and enough queries."""
+    half = x.q.dtype in (torch.bfloat16, torch.float16)
+    return x.q.is_cuda and half and x.q.shape[2] >= CUDNN_QUERIES and _capability(x.q.device)[0] == 9
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@contextmanager
+def _kernels(x: Operands) -> Iterator[None]:
+    with sdpa_kernel(PREFERRED, set_priority=True) if _cudnn(x) else nullcontext():
+        yield
 
 
 def _rows(read: Read, x: Operands, start: int, stop: int) -> Tensor:
@@ -57,18 +112,18 @@ def _rows(read: Read, x: Operands, start: int, stop: int) -> Tensor:
     key, visible = block.key, visibility(read, block)
     attn_mask = visible
     if read.scoring:
-        bias = sum(stage.bias(block).to(x.q.dtype) for stage in read.scoring if isinstance(stage, Bias))
+        bias = sum(stage.bias(block.places).to(block.dtype) for stage in read.scoring if isinstance(stage, Bias))
         attn_mask = torch.where(visible, bias, -torch.inf)  # type: ignore[arg-type]
     if read.normalizer is not None:  # a logit of its own in the denominator = one more key, with a value of zero
         logit = read.normalizer.extra_logit()
         assert logit is not None
         b, h, c, m = x.q.shape[0], x.q.shape[1], stop - start, key.shape[2]
         if not read.scoring:
-            attn_mask = torch.zeros_like(attn_mask, dtype=x.q.dtype).masked_fill(~visible, -torch.inf)
-        extra = logit.to(x.q.dtype).view(1, -1, 1, 1).expand(b, h, c, 1)
+            attn_mask = torch.zeros_like(attn_mask, dtype=block.dtype).masked_fill(~visible, -torch.inf)
+        extra = logit.to(block.dtype).view(1, -1, 1, 1).expand(b, h, c, 1)
         attn_mask = torch.cat([attn_mask.expand(b, h, c, m), extra], dim=-1)
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
-    if attn_mask.shape[-1] != key.shape[2] or attn_mask.dim() < 4:
+    if attn_mask.dim() < 4 or attn_mask.shape[-1] != key.shape[2]:
         attn_mask = attn_mask.expand(-1, -1, -1, key.shape[2])
     out = F.scaled_dot_product_attention(block.query, key, value, attn_mask=attn_mask, scale=read.scale)
     if attn_mask.dtype != torch.bool:  # a row of nothing but -inf is defined as zero, whatever the kernel makes of it

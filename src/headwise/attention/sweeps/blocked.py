@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..read import KeyIndex, Operands, Read, needed_keys, visibility
-from ..stage import Block, Pattern
+from ..mask import Pattern
+from ..stage import Block
 from ..statistic import (
     Distance,
     Entropy,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..read import Operands, Read, block_of, needed_keys, repeat_heads, row_blocks, scores, take_keys, weigh
+from ..read import Operands, Read, repeat_heads, row_blocks, rows_of, take_keys
 from ..statistic import Statistic, Sweep
 
 
@@ -22,17 +22,14 @@ def run(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The output (b, h, n, dv) before output stages, or None, and every statistic. Memory O(n x rows), backward too."""
     def block(start: int, stop: int) -> list[Tensor]:
-        keys = needed_keys(read, x, start, stop)
-        part = block_of(x, start, stop, keys)
-        s = scores(read, part)
-        weights, log_normalizer = weigh(read, s, part)
-        sweep = Sweep(s, weights, log_normalizer, part)
+        part = rows_of(read, x, start, stop)
+        sweep = Sweep(part.scores, part.weights, part.log_normalizer, part.block)
         parts = [statistic.of(sweep) for statistic in statistics]
-        parts = [_whole(p, x.k.shape[2], keys) if s.columns else p for p, s in zip(parts, statistics, strict=True)]
+        parts = [_whole(p, x.k.shape[2], part.keys) if s.columns else p for p, s in zip(parts, statistics, strict=True)]
         if output:
             assert x.v is not None
-            values = repeat_heads(take_keys(x.v, keys), x.groups)
-            parts.append(torch.matmul(weights, values.to(weights.dtype)).to(x.v.dtype))
+            values = repeat_heads(take_keys(x.v, part.keys), x.groups)
+            parts.append(torch.matmul(part.weights, values.to(part.weights.dtype)).to(x.v.dtype))
         return parts
 
     joined: list[list[Tensor]] = [[] for _ in range(len(statistics) + output)]

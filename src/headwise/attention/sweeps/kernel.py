@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..read import Operands, Read
-from ..stage import Pattern, Score, documents_at
+from ..kernels import missing
+from ..mask import Pattern, documents_at
+from ..stage import Score
 from ..statistic import (
     Distance,
     DistanceSquare,
@@ -38,16 +38,6 @@ SLOTS = ("MAXIMUM", "ENTROPY", "DISTANCE", "DISTANCE2", "SQUARE", "FIRST", "RECE
 ROW_KINDS = (LogSumExp, MaxWeight, Entropy, Distance, DistanceSquare, WeightSquare, PositionMass, RecentMass, LocalMass)
 LATER_KINDS = (KeyMass, HorizonMass, SegmentMass, SpanMass, WeightAt)  # after the log-sum-exp is known
 ROWS_IN_FLIGHT = 2048  # blocks of rows below which a row's keys are shared among several programs
-
-
-@cache
-def missing() -> str | None:
-    """Why no Triton kernel can run in this process; None if they can."""
-    if find_spec("triton") is None:
-        return "triton is not installed (pip install 'headwise[triton]')"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no NVIDIA GPU here"
-    return None
 
 
 def refuses(read: Read, x: Operands, statistic: Statistic) -> str | None:
