@@ -16,13 +16,14 @@ from typing import Any
 from .card import Card
 from .errors import RegistryError
 
-# kind -> folder below headwise/. A file is one item; the class is its stem in CamelCase.
+# kind -> folders below headwise/. A file is one item; the class is its stem in CamelCase.
 ROOMS = {
-    "stage": "stages",
-    "probe": "probes",
-    "recipe": "plans/recipes",
-    "task": "tasks",
-    "benchmark": "benchmarks",
+    "stage": ("stages",),
+    "mechanism": ("mechanisms/softmax", "mechanisms/heads"),
+    "probe": ("probes",),
+    "recipe": ("plans/recipes",),
+    "task": ("tasks",),
+    "benchmark": ("benchmarks",),
 }
 
 
@@ -33,8 +34,7 @@ def kinds() -> list[str]:
 
 def names(kind: str) -> list[str]:
     """The registered names of a kind, sorted; imports none of them."""
-    folder = Path(__file__).parent / _room(kind)
-    return sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if not module.name.startswith("_"))
+    return sorted(_found(kind))
 
 
 def load(kind: str, name: str) -> Any:
@@ -86,10 +86,17 @@ def _module(kind: str, name: str) -> ModuleType:
     stem = name.replace("-", "_")
     if stem not in names(kind):
         raise RegistryError(f"there is no {kind} {name!r}; there are: {', '.join(names(kind))}")
-    return importlib.import_module(f"headwise.{_room(kind).replace('/', '.')}.{stem}")
+    return importlib.import_module(f"headwise.{_found(kind)[stem].replace('/', '.')}.{stem}")
 
 
-def _room(kind: str) -> str:
+def _found(kind: str) -> dict[str, str]:
+    """{name: its folder}, read from the folders."""
     if kind not in ROOMS:
         raise RegistryError(f"there is no kind {kind!r}; there are: {', '.join(ROOMS)}")
-    return ROOMS[kind]
+    home = Path(__file__).parent
+    return {
+        module.name: folder
+        for folder in ROOMS[kind]
+        for module in pkgutil.iter_modules([str(home / folder)])
+        if not module.name.startswith("_")
+    }

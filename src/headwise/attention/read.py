@@ -196,14 +196,14 @@ def visibility(read: Read, block: Block) -> Tensor:
 def scores(read: Read, block: Block) -> Tensor:
     """(b, h, c, m) scores in compute dtype, after every score and bias stage, -inf where masked."""
     s = torch.matmul(block.query.to(block.dtype), block.key.to(block.dtype).transpose(-1, -2)) * read.scale
-    visible = visibility(read, block)
+    visible = visibility(read, block) if block.visible is None else block.visible
     for stage in read.scoring:
         if isinstance(stage, Score):
             s = stage.score(s, block.places)
         elif isinstance(stage, Bias):
             s = s + stage.bias(block.places).to(block.dtype)
         else:
-            s = stage.score_rows(s, block, visible)
+            s = stage.score_rows(s, block)
     return s.masked_fill(~visible, -torch.inf)
 
 
@@ -234,6 +234,7 @@ def rows_of(read: Read, x: Operands, start: int, stop: int, whole: bool = False)
     first = max(0, start - past_rows(read))
     keys = None if whole else needed_keys(read, x, first, stop)
     block = block_of(x, first, stop, keys)
+    block = replace(block, visible=visibility(read, block))
     s = scores(read, block)
     weights, log_normalizer = weigh(read, s, block)
     if first < start:

@@ -60,7 +60,7 @@ class Block:
 
     query: (b, h, c, d). key: (b, h, m, d), grouped heads already repeated. query_index (c,) and key_index (m,): rows and
     columns of the whole matrix. query_position (b or 1, c) and key_position (b or 1, m): places in the sequence; a
-    negative key position marks an empty slot.
+    negative key position marks an empty slot. visible: what the mask shows, broadcasting to (b, h, c, m), once it was asked.
     """
 
     query: Tensor
@@ -69,6 +69,7 @@ class Block:
     key_index: Tensor
     query_position: Tensor
     key_position: Tensor
+    visible: Tensor | None = None
 
     @staticmethod
     def of_places(
@@ -189,8 +190,8 @@ class RowScore(Stage):
     adjacent: bool = False
 
     @abstractmethod
-    def score_rows(self, scores: Tensor, block: Block, visible: Tensor) -> Tensor:
-        """(b, h, c, m) scores before masking, and what the mask shows of them -> the same shape."""
+    def score_rows(self, scores: Tensor, block: Block) -> Tensor:
+        """(b, h, c, m) scores before masking -> the same shape. What the mask will show is `block.visible`."""
 
 
 class Normalizer(Stage):
@@ -217,7 +218,7 @@ class Weights(Stage):
 
     @abstractmethod
     def edit(self, weights: Tensor, block: Block) -> Tensor:
-        """(b, h, c, m) -> the same shape."""
+        """(b, h, c, m) -> the same shape. What the mask shows is `block.visible`."""
 
     def fold(self) -> Output | None:
         """The same edit as an output stage, where one exists: then fused kernels can run the read."""

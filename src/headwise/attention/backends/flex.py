@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ..mask import Mask, Tiles
 from ..read import Operands, Read, apply_outputs
@@ -22,6 +22,7 @@ from ..stage import Bias, Places, RowScore, Score, Stage
 TILE = 128
 FEW = 16  # queries, below which the kernel's tiles are mostly empty
 KEPT = 64  # block masks
+COMPILED = 256  # kinds of read, in one process
 _masks: OrderedDict[tuple[Any, ...], BlockMask] = OrderedDict()
 
 
@@ -40,6 +41,8 @@ def refuses(read: Read, x: Operands) -> str | None:
         return f"it needs heads of at least 16 numbers, these have {min(x.q.shape[-1], x.v.shape[-1])}"
     if not x.q.is_cuda and _trains(read, x):
         return "it has no backward pass on a CPU"
+    if not x.q.is_cuda and read.normalizer is not None:
+        return "it gives no log-sum-exp on a CPU"
     return None
 
 
@@ -72,7 +75,8 @@ def run(read: Read, x: Operands) -> Tensor:
     if logit is None:
         out = _compiled()(x.q, k, v, **arguments)
     else:
-        out, log_sum_exp = _compiled()(x.q, k, v, return_lse=True, **arguments)
+        out, aux = _compiled()(x.q, k, v, return_aux=AuxRequest(lse=True), **arguments)
+        log_sum_exp = aux.lse
         share = torch.sigmoid(log_sum_exp - logit.to(log_sum_exp).view(1, -1, 1))  # what the extra key leaves
         out = (out * share[..., None]).to(out.dtype)
     return apply_outputs(read, out, x)
@@ -80,7 +84,14 @@ def run(read: Read, x: Operands) -> Tensor:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    compiled = torch.compile(flex_attention, dynamic=True)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        # settings of stages are constants, lengths are not; each kind of read is compiled once
+        with torch._dynamo.config.patch(specialize_float=True, specialize_int=True, recompile_limit=COMPILED):
+            return compiled(*arguments, **options)
+
+    return call
 
 
 def block_mask(mask: Mask | None, x: Operands) -> BlockMask | None:
@@ -88,15 +99,16 @@ def block_mask(mask: Mask | None, x: Operands) -> BlockMask | None:
     if mask is None and x.aligned:
         return None
     n, m, device = x.q.shape[2], x.k.shape[2], x.q.device
+    offset = torch.tensor(m - n, device=device)
     where = None if x.aligned else (x.query_position, x.key_position)
     if mask is None or not x.aligned:  # places are not those of rows and columns: every tile is asked
         everything = torch.ones(1, 1, -(-n // TILE), -(-m // TILE), dtype=torch.bool, device=device)
         tiles = Tiles(TILE, everything, ~everything)
-        return _of_tiles(tiles, _mask_mod(None if mask is None else _moved(mask, device), m - n, where), n, m)
+        return _of_tiles(tiles, _mask_mod(None if mask is None else _moved(mask, device), offset, where), n, m)
     name = (mask, n, m, x.q.shape[1], device, *((id(t), t._version) for t in _tensors(mask)))
     if name not in _masks:
         tiles = mask.tiles(n, m, TILE, x.q.shape[1], device)
-        _masks[name] = _of_tiles(tiles, _mask_mod(_moved(mask, device), m - n, None), n, m)
+        _masks[name] = _of_tiles(tiles, _mask_mod(_moved(mask, device), offset, None), n, m)
         if len(_masks) > KEPT:
             _masks.popitem(last=False)
     _masks.move_to_end(name)
@@ -116,7 +128,7 @@ def _of_tiles(tiles: Tiles, mask_mod: Callable[..., Tensor], n: int, m: int) -> 
 Where = tuple[Tensor, Tensor] | None
 
 
-def _places(b: Tensor, h: Tensor, row: Tensor, column: Tensor, offset: Tensor | int, where: Where) -> Places:
+def _places(b: Tensor, h: Tensor, row: Tensor, column: Tensor, offset: Tensor, where: Where) -> Places:
     if where is None:
         return Places(b, h, row, column, row + offset, column, torch.float32)
     query, key = where
@@ -137,7 +149,7 @@ def _score_mod(scoring: tuple[Stage, ...], offset: Tensor, where: Where) -> Call
     return score_mod
 
 
-def _mask_mod(mask: Mask | None, offset: int, where: Where) -> Callable[..., Tensor]:
+def _mask_mod(mask: Mask | None, offset: Tensor, where: Where) -> Callable[..., Tensor]:
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         places = _places(b, h, row, column, offset, where)
         there = places.j >= 0

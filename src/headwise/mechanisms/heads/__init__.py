@@ -1,0 +1,1 @@
+"""Mixers that differ in what their heads share, and in which of them run."""

@@ -1,0 +1,1 @@
+"""Mechanisms and mixers whose heads weigh keys by a normalised score."""

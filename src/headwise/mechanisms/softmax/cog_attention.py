@@ -1,0 +1,73 @@
+"""Cog attention: weights that may be negative."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...attention import attend, attention_weights
+from ...attention.stage import Stage
+from ...card import Card
+from ...stages.signed_softmax import SignedSoftmax
+from .._mixer import Mechanism
+
+CARD = Card(
+    paper="More Expressive Attention with Negative Weights",
+    year=2024,
+    room="softmax",
+    source=(
+        "arXiv:2411.07176, and the authors' code: sign(s) softmax(|s|), the mask before the softmax. Their models keep plain "
+        "softmax in the first and the last layer"
+    ),
+)
+
+
+class CogAttention(Mechanism):
+    """Weighs keys by sign(s) softmax(|s|), so that one head can take away what it finds as well as add it."""
+
+    def forward(
+        self,
+        q: Float[Tensor, "b hq n d"],
+        k: Float[Tensor, "b hk m d"],
+        v: Float[Tensor, "b hk m dv"],
+        *stages: Stage,
+        query_positions: Int[Tensor, "... n"] | None = None,
+        key_positions: Int[Tensor, "... m"] | None = None,
+    ) -> Float[Tensor, "b hq n dv"]:
+        """See `Mechanism.forward`."""
+        return attend(q, k, v, *stages, SignedSoftmax(), query_positions=query_positions, key_positions=key_positions)
+
+
+def oracle(mechanism: CogAttention, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """One sequence, q (h, n, d), k and v (hk, m, d): (h, n, d), a query at a time."""
+    group = q.shape[0] // k.shape[0]
+    out = []
+    for head in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            seen = visible[i].nonzero().flatten()
+            s = k[head // group, seen] @ q[head, i] / q.shape[-1] ** 0.5
+            size = torch.exp(s.abs())
+            weights = torch.where(s > 0, size, torch.where(s < 0, -size, 0.0)) / size.sum()
+            out.append(weights @ v[head // group, seen])
+    return torch.stack(out).view(*q.shape[:2], -1)
+
+
+def examples(heads: int, size: int) -> list[CogAttention]:
+    """Settings that the conformance checks run."""
+    return [CogAttention()]
+
+
+def identities() -> Iterator[tuple[str, float]]:
+    """What the formula promises, and how far off it is."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 7, 8, generator=generator, dtype=torch.float64)
+    cog = CogAttention()
+    weights = attention_weights(q, k, SignedSoftmax())
+    yield "the magnitudes of a row's weights sum to one", float((weights.abs().sum(-1) - 1).abs().max())
+    yield "it is odd in the queries", float((cog(-q, k, v) + cog(q, k, v)).abs().max())
+    yield "queries and keys may both change their sign", float((cog(-q, -k, v) - cog(q, k, v)).abs().max())
+    positive = cog(q.abs(), k.abs(), v) - attend(q.abs(), k.abs(), v)
+    yield "with positive scores it is softmax attention", float(positive.abs().max())
