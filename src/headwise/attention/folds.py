@@ -75,7 +75,12 @@ def _fold_scores(read: Read, x: Operands) -> tuple[Read, Operands, list[str], li
         found.append(columns)
         rank = columns.query.shape[-1]
         folds.append(f"{type(stage).__name__} = {rank} column{'s' if rank > 1 else ''} of q and k")
-    return replace(read, scoring=(), scale=1.0 if _scales(x.q.dtype) else read.scale), _widen(x, block.key, read.scale, found), folds, kept
+    return (
+        replace(read, scoring=(), scale=1.0 if _scales(x.q.dtype) else read.scale),
+        _widen(x, block.key, read.scale, found),
+        folds,
+        kept,
+    )
 
 
 def _widen(x: Operands, repeated: Tensor, scale: float, found: list[Columns]) -> Operands:

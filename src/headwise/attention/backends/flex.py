@@ -65,9 +65,11 @@ def run(read: Read, x: Operands) -> Tensor:
     offset = torch.tensor(m - n, device=x.q.device)
     scoring = tuple(_moved(stage, x.q.device) for stage in read.scoring)
     logit = None if read.normalizer is None else read.normalizer.extra_logit()
+    blocks = block_mask(read.mask, x)
     arguments: dict[str, Any] = {
+        "tiles": None if blocks is None else tuple(getattr(blocks, name) for name in TENSORS),
+        "mask_mod": None if blocks is None else blocks.mask_mod,
         "score_mod": _score_mod(scoring, offset, where) if scoring else None,
-        "block_mask": block_mask(read.mask, x),
         "scale": read.scale,
         "enable_gqa": x.groups > 1,
     }
@@ -82,9 +84,24 @@ def run(read: Read, x: Operands) -> Tensor:
     return apply_outputs(read, out, x)
 
 
+TENSORS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+TENSORS += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tensor, ...] | None, mask_mod: Any, **options: Any) -> Any:
+    """FlexAttention, with a block mask that takes its lengths from the tensors: as numbers of its own they would be constants."""
+    block_mask = None
+    if tiles is not None:
+        fields = dict(zip(TENSORS, tiles, strict=True))
+        block_mask = BlockMask(
+            seq_lengths=(q.shape[2], k.shape[2]), **fields, BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod
+        )  # type: ignore[arg-type]
+    return flex_attention(q, k, v, block_mask=block_mask, **options)
+
+
 @cache
 def _compiled() -> Callable[..., Any]:
-    compiled = torch.compile(flex_attention, dynamic=True)
+    compiled = torch.compile(_attend, dynamic=True)
 
     def call(*arguments: Any, **options: Any) -> Any:
         # settings of stages are constants, lengths are not; each kind of read is compiled once

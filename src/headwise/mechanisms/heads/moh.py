@@ -85,9 +85,7 @@ class Moh(Mixer):
         if attention.mechanism is not None:
             raise ShapeError("only plain attention becomes a mixture of heads; this one has a mechanism of its own")
         p = attention.projections
-        made = Moh(
-            attention.width, p.heads, shared, active, kv_heads=p.kv_heads, head_dim=p.head_dim, router="norm", sparse=sparse
-        )
+        made = Moh(attention.width, p.heads, shared, active, kv_heads=p.kv_heads, head_dim=p.head_dim, router="norm", sparse=sparse)
         made.projections = p
         return made
 
@@ -211,6 +209,11 @@ def examples(heads: int, size: int) -> list[Moh]:
     ]
 
 
+def sized(heads: int, size: int, tokens: int) -> Moh:
+    """Three quarters of the heads active, as in the paper."""
+    return Moh(heads * size, heads, heads // 2, heads // 4)
+
+
 def identities() -> Iterator[tuple[str, float]]:
     """What the formula promises, and how far off it is."""
     torch.manual_seed(0)
@@ -232,4 +235,7 @@ def identities() -> Iterator[tuple[str, float]]:
     q = plain.projections.split(x)[0]
     one, other = (by_norm.route(x, scale * q).picked for scale in (1.0, 7.0))
     yield "the size of all queries does not route", float((one != other).sum())
-    yield "all heads active is the attention it came from", float((Moh.of(plain, 2, 2)(x, Causal()) - plain(x, Causal())).abs().max())
+    yield (
+        "all heads active is the attention it came from",
+        float((Moh.of(plain, 2, 2)(x, Causal()) - plain(x, Causal())).abs().max()),
+    )

@@ -108,6 +108,11 @@ def _filled(size: int, positions: int, *, divided: bool = True) -> Cope:
     return made
 
 
+def sized(heads: int, size: int, tokens: int) -> Cope:
+    """With 64 positions."""
+    return _filled(size, 64)
+
+
 def neutral(heads: int, size: int) -> list[Cope]:
     """Settings that are plain attention: at the start of training embeddings are zero."""
     return [Cope(size, 9)]

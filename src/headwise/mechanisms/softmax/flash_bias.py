@@ -40,7 +40,9 @@ class FlashBias(Mechanism):
     def __init__(self, query: Float[Tensor, "h n r"], key: Float[Tensor, "h m r"]) -> None:
         super().__init__()
         if query.dim() != 3 or key.dim() != 3 or query.shape[2] != key.shape[2]:
-            raise ShapeError(f"features are {tuple(query.shape)} and {tuple(key.shape)}; they must be (heads or 1, positions, rank)")
+            raise ShapeError(
+                f"features are {tuple(query.shape)} and {tuple(key.shape)}; they must be (heads or 1, positions, rank)"
+            )
         self.query, self.key = nn.Parameter(query.clone()), nn.Parameter(key.clone())
 
     @staticmethod
@@ -104,6 +106,12 @@ def examples(heads: int, size: int) -> list[FlashBias]:
     places = torch.arange(128)
     points = torch.stack([places.cos(), places.sin(), places / 128], -1)
     return [FlashBias.of_table(table, rank=3), FlashBias.squared_distance(points, torch.rand(heads, 128, generator=generator))]
+
+
+def sized(heads: int, size: int, tokens: int) -> FlashBias:
+    """One for a text of so many tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return FlashBias(*torch.randn(2, heads, tokens, 8, generator=generator))
 
 
 def neutral(heads: int, size: int) -> list[FlashBias]:

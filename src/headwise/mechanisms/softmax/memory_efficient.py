@@ -84,6 +84,11 @@ def examples(heads: int, size: int) -> list[MemoryEfficient]:
     return [MemoryEfficient(7, 5), MemoryEfficient(1, 1), MemoryEfficient()]
 
 
+def sized(heads: int, size: int, tokens: int) -> MemoryEfficient:
+    """The paper's chunks."""
+    return MemoryEfficient()
+
+
 def neutral(heads: int, size: int) -> list[MemoryEfficient]:
     """Settings that are plain attention: all."""
     return [MemoryEfficient(3, 4)]

@@ -197,6 +197,11 @@ def _random(made: Mta) -> Mta:
     return made
 
 
+def sized(heads: int, size: int, tokens: int) -> Mta:
+    """The paper's sizes."""
+    return Mta(heads, size)
+
+
 def neutral(heads: int, size: int) -> list[Mta]:
     """Settings that are plain attention: at the start of training, without the norm."""
     return [Mta(heads, size, norm=False)]
@@ -212,8 +217,9 @@ def identities() -> Iterator[tuple[str, float]]:
     yield "no key is read before its time", float((mta(q, k, v, Causal()) - mta(q, moved, v, Causal()))[:, :, :12].abs().max())
     earlier = q.clone()
     earlier[:, :, : 15 - mta.past_queries] += 1.0
-    yield "it reaches back past_queries queries and no more", float(
-        (mta(q, k, v, Causal()) - mta(earlier, k, v, Causal()))[:, :, 15:].abs().max()
+    yield (
+        "it reaches back past_queries queries and no more",
+        float((mta(q, k, v, Causal()) - mta(earlier, k, v, Causal()))[:, :, 15:].abs().max()),
     )
     counted = sum(p.numel() for p in Mta(16, 96).parameters())
     yield "2817 parameters in a layer of 16 heads of 96", float(abs(counted - 2817))

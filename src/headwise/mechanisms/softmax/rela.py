@@ -95,8 +95,11 @@ def identities() -> Iterator[tuple[str, float]]:
     q, k, v = torch.randn(3, 1, 2, 7, 8, generator=generator, dtype=torch.float64)
     rela, plain = Rela(2, 8).double(), Rela(2, 8, gated=False).double()
     yield "with no positive score the output is zero", float(rela(q.abs(), -k.abs(), v).abs().max())
-    yield "a key that nobody scores above zero changes nothing", float(
-        (rela(q.abs(), torch.cat([k, -k[:, :, :1].abs()], 2), torch.cat([v, v[:, :, :1]], 2)) - rela(q.abs(), k, v)).abs().max()
+    yield (
+        "a key that nobody scores above zero changes nothing",
+        float(
+            (rela(q.abs(), torch.cat([k, -k[:, :, :1].abs()], 2), torch.cat([v, v[:, :, :1]], 2)) - rela(q.abs(), k, v)).abs().max()
+        ),
     )
     shuffled = torch.randperm(7, generator=generator)
     yield "the order of keys does not matter", float((rela(q, k[:, :, shuffled], v[:, :, shuffled]) - rela(q, k, v)).abs().max())
