@@ -24,8 +24,8 @@ from headwise import (
 )
 from headwise.attention import read as read_module
 from headwise.attention import statistic as statistics_module
-from headwise.attention.operator import _prepare
 from headwise.attention.mask import FAR
+from headwise.attention.operator import _prepare
 from headwise.attention.statistic import Distance, HorizonMass, KeyMass, LocalMass, PositionMass, SpanMass, TopKey, WeightAt
 from headwise.attention.sweeps import chunked
 from headwise.caches import Keep

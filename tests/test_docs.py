@@ -31,7 +31,14 @@ from headwise.testing import checks_for
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / "CHANGELOG.md"]
-PAGE_OF = {"stage": "stages.md", "probe": "probes.md", "recipe": "plans.md", "task": "tasks.md", "benchmark": "cli.md"}
+PAGE_OF = {
+    "stage": "stages.md",
+    "mechanism": "mechanisms.md",
+    "probe": "probes.md",
+    "recipe": "plans.md",
+    "task": "tasks.md",
+    "benchmark": "cli.md",
+}
 COMMANDS = typer.main.get_command(cli.app)
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

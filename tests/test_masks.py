@@ -22,9 +22,7 @@ from headwise.stages.prefix import Prefix
 from headwise.stages.strided import Strided
 
 HEADS = 3
-tables = st.lists(st.booleans(), min_size=12, max_size=12).map(
-    lambda bits: BlockTable(torch.tensor(bits).view(1, 3, 4), 3)
-)
+tables = st.lists(st.booleans(), min_size=12, max_size=12).map(lambda bits: BlockTable(torch.tensor(bits).view(1, 3, 4), 3))
 leaves = st.one_of(
     st.just(Causal()),
     st.integers(1, 9).map(Window),
@@ -103,7 +101,18 @@ def test_every_form_says_the_same(mask, n, past):
 
 @pytest.mark.parametrize(
     "mask",
-    [Causal(), Window(5), Window(1), Sink(3), Strided(3), Strided(7), Blocks(4), Blocks(3), Prefix(6), Documents(torch.arange(64) // 5)],
+    [
+        Causal(),
+        Window(5),
+        Window(1),
+        Sink(3),
+        Strided(3),
+        Strided(7),
+        Blocks(4),
+        Blocks(3),
+        Prefix(6),
+        Documents(torch.arange(64) // 5),
+    ],
     ids=str,
 )
 def test_tiles_of_plain_masks_are_tight(mask):

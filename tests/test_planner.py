@@ -8,7 +8,21 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from headwise import Alibi, Causal, Documents, IdentityMix, KeyBias, Sink, SinkLogit, Softcap, Temperature, Uniform, Window, attend, explain
+from headwise import (
+    Alibi,
+    Causal,
+    Documents,
+    IdentityMix,
+    KeyBias,
+    Sink,
+    SinkLogit,
+    Softcap,
+    Temperature,
+    Uniform,
+    Window,
+    attend,
+    explain,
+)
 from headwise.attention import read as read_module
 from headwise.attention.backends import chunked
 from headwise.attention.folds import fold

@@ -30,15 +30,27 @@ if TYPE_CHECKING:
     from .probes import Measurement, Probe, measure, probe
     from .report.scan import Scan, scan
     from .stages.alibi import Alibi
+    from .stages.block_table import BlockTable
+    from .stages.blocks import Blocks
     from .stages.causal import Causal
+    from .stages.dilated import Dilated
     from .stages.documents import Documents
+    from .stages.entmax import Entmax
     from .stages.gate import Gate
     from .stages.identity_mix import IdentityMix
     from .stages.key_bias import KeyBias
+    from .stages.low_rank_bias import LowRankBias
     from .stages.offset import Offset
+    from .stages.per_head import PerHead
+    from .stages.prefix import Prefix
+    from .stages.relative_bias import RelativeBias
+    from .stages.relu import Relu
+    from .stages.signed_softmax import SignedSoftmax
     from .stages.sink import Sink
     from .stages.sink_logit import SinkLogit
     from .stages.softcap import Softcap
+    from .stages.sparsemax import Sparsemax
+    from .stages.strided import Strided
     from .stages.temperature import Temperature
     from .stages.uniform import Uniform
     from .stages.window import Window
@@ -51,17 +63,22 @@ _PLACES = {
     "Plan": "plans", "duo": "plans.recipes.duo", "prune": "plans.recipes.prune", "streaming": "plans.recipes.streaming",
     "Measurement": "probes", "Probe": "probes", "measure": "probes", "probe": "probes",
     "Scan": "report.scan", "scan": "report.scan",
-    "Alibi": "stages.alibi", "Causal": "stages.causal", "Documents": "stages.documents", "Gate": "stages.gate",
-    "IdentityMix": "stages.identity_mix", "KeyBias": "stages.key_bias", "Offset": "stages.offset", "Sink": "stages.sink",
-    "SinkLogit": "stages.sink_logit", "Softcap": "stages.softcap", "Temperature": "stages.temperature", "Uniform": "stages.uniform",
-    "Window": "stages.window", "Evaluation": "tasks", "Task": "tasks", "evaluate": "tasks",
+    "Alibi": "stages.alibi", "BlockTable": "stages.block_table", "Blocks": "stages.blocks", "Causal": "stages.causal",
+    "Dilated": "stages.dilated", "Documents": "stages.documents", "Entmax": "stages.entmax", "Gate": "stages.gate",
+    "IdentityMix": "stages.identity_mix", "KeyBias": "stages.key_bias", "LowRankBias": "stages.low_rank_bias",
+    "Offset": "stages.offset", "PerHead": "stages.per_head", "Prefix": "stages.prefix",
+    "RelativeBias": "stages.relative_bias", "Relu": "stages.relu", "SignedSoftmax": "stages.signed_softmax",
+    "Sink": "stages.sink", "SinkLogit": "stages.sink_logit", "Softcap": "stages.softcap", "Sparsemax": "stages.sparsemax",
+    "Strided": "stages.strided", "Temperature": "stages.temperature", "Uniform": "stages.uniform", "Window": "stages.window",
+    "Evaluation": "tasks", "Task": "tasks", "evaluate": "tasks",
     "Heads": "types", "HeadTable": "types", "Spans": "types", "Statistics": "types",
 }  # fmt: skip
 __all__ = [
-    "Alibi", "Causal", "Documents", "Evaluation", "Gate", "HeadTable", "Heads", "HeadwiseError", "IdentityMix", "KeyBias",
-    "Measurement", "Offset", "Plan", "Probe", "Scan", "Sink", "SinkLogit", "Softcap", "Spans", "Statistics", "Subject",
-    "Task", "Temperature", "Uniform", "Window", "__version__", "attend", "attention_weights", "capture", "duo", "evaluate",
-    "explain", "measure", "open_model", "probe", "prune", "scan", "statistics", "streaming",
+    "Alibi", "BlockTable", "Blocks", "Causal", "Dilated", "Documents", "Entmax", "Evaluation", "Gate", "HeadTable", "Heads",
+    "HeadwiseError", "IdentityMix", "KeyBias", "LowRankBias", "Measurement", "Offset", "PerHead", "Plan", "Prefix", "Probe",
+    "RelativeBias", "Relu", "Scan", "SignedSoftmax", "Sink", "SinkLogit", "Softcap", "Spans", "Sparsemax", "Statistics",
+    "Strided", "Subject", "Task", "Temperature", "Uniform", "Window", "__version__", "attend", "attention_weights",
+    "capture", "duo", "evaluate", "explain", "measure", "open_model", "probe", "prune", "scan", "statistics", "streaming",
 ]  # fmt: skip
 
 

@@ -64,7 +64,9 @@ def _fold_scores(read: Read, x: Operands) -> tuple[Read, Operands, list[str], li
     causal = pattern is not None and pattern.causal
     if not left or not all(isinstance(stage, Bias) for stage in left):
         return read, x, folds, []
-    block, found, kept = block_of(x, 0, x.q.shape[2], None), [], []
+    block = block_of(x, 0, x.q.shape[2], None)
+    found: list[Columns] = []
+    kept: list[str] = []
     for stage in left:
         columns = stage.columns(block, causal)  # type: ignore[union-attr]
         if columns is None:

@@ -76,8 +76,8 @@ def attend(
         statistics: names such as entropy, or {name: Statistic}; then the result is (output, statistics), from one sweep
             where there is one that does both.
         scale: factor on q k^T; default d ** -0.5.
-        backend: "sdpa", "kernel", "flex", "chunked" or "reference"; with statistics "kernel", "blocked", "folded", "chunked" or "reference".
-            Default: the planner's choice, see `explain`.
+        backend: "sdpa", "kernel", "flex", "chunked" or "reference"; with statistics "kernel", "blocked", "folded", "chunked"
+            or "reference". Default: the planner's choice, see `explain`.
 
     Raises: ShapeError if shapes do not fit; BackendError if the named backend cannot run the read.
     """

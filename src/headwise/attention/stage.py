@@ -180,14 +180,17 @@ class Bias(Stage):
 
 
 class RowScore(Stage):
-    """Changes scores knowing the whole row, its keys, and rows before it.
+    """Changes scores knowing the whole row, its keys, and `past_rows` rows before it.
 
-    past_rows: how many rows before its own a row's scores depend on. adjacent: whether it needs neighbouring keys next to
-    each other.
+    adjacent: whether it needs neighbouring keys next to each other.
     """
 
-    past_rows: int = 0
-    adjacent: bool = False
+    adjacent: ClassVar[bool] = False
+
+    @property
+    def past_rows(self) -> int:
+        """How many rows before its own a row's scores depend on."""
+        return 0
 
     @abstractmethod
     def score_rows(self, scores: Tensor, block: Block) -> Tensor:
@@ -213,8 +216,12 @@ class Normalizer(Stage):
 class Weights(Stage):
     """Changes weights after normalisation. past_rows, adjacent: as of a RowScore."""
 
-    past_rows: int = 0
-    adjacent: bool = False
+    adjacent: ClassVar[bool] = False
+
+    @property
+    def past_rows(self) -> int:
+        """How many rows before its own a row's weights depend on."""
+        return 0
 
     @abstractmethod
     def edit(self, weights: Tensor, block: Block) -> Tensor:

@@ -29,7 +29,7 @@ CARD = Card(
     paper="Flex Attention: A Programming Model for Generating Optimized Attention Kernels",
     year=2024,
     room="bench",
-    source="arXiv:2412.05496: scores edited one by one, compiled into a fused kernel; it runs in the same process, as its users call it",
+    source="arXiv:2412.05496: scores edited one by one, in a fused kernel; it runs in the same process, as its users call it",
 )
 GPU_SHAPES = (
     "bfloat16, causal. biases: 32 query and 8 key/value heads of 128; relative bias, low rank and entmax: 16 heads of 64; "
@@ -195,12 +195,12 @@ def _low_rank(device: torch.device, tokens: int) -> Iterator[Row]:
     heads = 16 if device.type == "cuda" else 8
     x = _tensors(device, heads, heads, tokens, 64)
     generator = torch.Generator(device).manual_seed(1)
-    features = [torch.randn(1, heads, tokens, 8, device=device, dtype=x[0].dtype, generator=generator) for _ in range(2)]
+    own, theirs = torch.randn(2, 1, heads, tokens, 8, device=device, dtype=x[0].dtype, generator=generator)
     runs = _both("low rank", "softmax attention", x, lambda: _plain(x))
-    runs += _both("low rank", "bias of rank 8", x, lambda: attend(*x, Causal(), LowRankBias(*features)))
+    runs += _both("low rank", "bias of rank 8", x, lambda: attend(*x, Causal(), LowRankBias(own, theirs)))
 
     def dense() -> Tensor:
-        bias = (features[0] @ features[1].mT).masked_fill_(_later(tokens, device), -torch.inf)
+        bias = (own @ theirs.mT).masked_fill_(_later(tokens, device), -torch.inf)
         return F.scaled_dot_product_attention(*x, attn_mask=bias)
 
     runs += _both("low rank", "peer: a table of all pairs", x, dense)

@@ -21,7 +21,7 @@ CARD = Card(
 
 @dataclass(frozen=True, eq=False)
 class Prefix(Mask):
-    """Shows the first `length` tokens: `Causal() | Prefix(length)` reads its prefix both ways. length: one, or (b,) for each row."""
+    """Shows the first `length` tokens: `Causal() | Prefix(length)` reads its prefix both ways. length: one, or (b,)."""
 
     length: int | Tensor
 

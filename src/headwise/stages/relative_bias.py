@@ -67,7 +67,7 @@ class RelativeBias(Bias):
 
     @staticmethod
     def bucketed(buckets: Tensor, reach: int, *, causal: bool) -> RelativeBias:
-        """T5's table, spread over distances up to `reach`. buckets: (heads, number of buckets); half of them look ahead unless causal."""
+        """T5's table, spread over distances up to `reach`. buckets: (heads, number), of which half look ahead unless causal."""
         distance = torch.arange(-reach, reach + 1, device=buckets.device)
         which = t5_bucket(distance, buckets.shape[1], reach, causal=causal)
         chosen = torch.nn.functional.one_hot(which, buckets.shape[1]).to(buckets)
@@ -79,7 +79,7 @@ class RelativeBias(Bias):
         if self._in_order(places):
             rows, columns = places.i.shape[-2], places.j.shape[-1]
             shift = int(places.i.flatten()[0] - places.j.flatten()[0]) + reach
-            spread: Tensor = _Diagonals.apply(table, rows, columns, shift)
+            spread: Tensor = _Diagonals.apply(table, rows, columns, shift)  # type: ignore[no-untyped-call]
             return spread
         at = places.distance().clamp(-reach, reach) + reach
         if not places.row.dim():

@@ -5,6 +5,9 @@ A softmax read is cut along the keys too where whole rows would not fit: chunks 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -56,7 +59,7 @@ def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = Non
         values = repeat_heads(take_keys(v, part.keys), x.groups)
         return torch.matmul(part.weights, values.to(part.weights.dtype)).to(v.dtype)
 
-    def saved(function, *arguments):  # type: ignore[no-untyped-def]
+    def saved(function: Callable[..., Any], *arguments: Any) -> Any:
         return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
 
     parts = []
@@ -91,7 +94,11 @@ def _chunk(read: Read, x: Operands, start: int, stop: int, keys: KeyIndex) -> tu
     top = torch.where(top.isinf(), 0.0, top)  # a chunk that is all masked adds nothing, and no NaN
     e = torch.exp(s - top)
     values = repeat_heads(take_keys(x.v, keys), x.groups)
-    return torch.matmul(e, values.to(e.dtype)), e.sum(-1, keepdim=True), top.masked_fill(~(s.detach() > -torch.inf).any(-1, True), -torch.inf)
+    return (
+        torch.matmul(e, values.to(e.dtype)),
+        e.sum(-1, keepdim=True),
+        top.masked_fill(~(s.detach() > -torch.inf).any(-1, True), -torch.inf),
+    )
 
 
 def _merge(read: Read, chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

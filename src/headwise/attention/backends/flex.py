@@ -84,18 +84,18 @@ def run(read: Read, x: Operands) -> Tensor:
     return apply_outputs(read, out, x)
 
 
-TENSORS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-TENSORS += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+TENSORS = (
+    "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+    "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
+)  # fmt: skip
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tensor, ...] | None, mask_mod: Any, **options: Any) -> Any:
     """FlexAttention, with a block mask that takes its lengths from the tensors: as numbers of its own they would be constants."""
     block_mask = None
     if tiles is not None:
-        fields = dict(zip(TENSORS, tiles, strict=True))
-        block_mask = BlockMask(
-            seq_lengths=(q.shape[2], k.shape[2]), **fields, BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod
-        )  # type: ignore[arg-type]
+        fields: dict[str, Any] = dict(zip(TENSORS, tiles, strict=True))
+        block_mask = BlockMask(seq_lengths=(q.shape[2], k.shape[2]), **fields, BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod)
     return flex_attention(q, k, v, block_mask=block_mask, **options)
 
 

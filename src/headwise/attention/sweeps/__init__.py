@@ -72,7 +72,7 @@ def sweep(
         for i, value in zip(mine, found, strict=True):
             results[i] = value
     if output and out is None:
-        out = plan(read, x).run(x)
+        out = plan(read, x).run()
     return out, [value for value in results if value is not None]
 
 

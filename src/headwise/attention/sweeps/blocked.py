@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..read import KeyIndex, Operands, Read, needed_keys, visibility
 from ..mask import Pattern
+from ..read import KeyIndex, Operands, Read, needed_keys, visibility
 from ..stage import Block
 from ..statistic import (
     Distance,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..read import Operands, Read
 from ..kernels import missing
 from ..mask import Pattern, documents_at
+from ..read import Operands, Read
 from ..stage import Score
 from ..statistic import (
     Distance,

@@ -17,7 +17,7 @@ CARD = Card(
     paper="GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
     year=2023,
     room="heads",
-    source="arXiv:2305.13245, sec. 2: each group of query heads shares one key/value head; conversion pools a group's heads by mean",
+    source="arXiv:2305.13245, sec. 2: groups of query heads share one key/value head; conversion pools a group by its mean",
 )
 
 

@@ -21,9 +21,10 @@ CARD = Card(
     year=2024,
     room="heads",
     source=(
-        "arXiv:2410.11842 and the authors' code. Paper: gates a_0 softmax(x W_s) of shared heads and a_1 softmax(x W_r), cut to the k "
-        "largest, of routed ones. Code: the same times 2 h_s and 2 k, routed ones divided by their sum; only that starts as plain "
-        "attention, and it is the default. Without shared heads the code has no factor 2 a_1. Their conversion of a checkpoint "
+        "arXiv:2410.11842 and the authors' code. Paper: gates a_0 softmax(x W_s) of shared heads and a_1 softmax(x W_r), "
+        "cut to the k largest, of routed ones. Code: the same times 2 h_s and 2 k, "
+        "routed ones divided by their sum; only that starts as plain attention, and it is the default. Without shared "
+        "heads the code has no factor 2 a_1. Their conversion of a checkpoint "
         "routes by the length of each head's query; they train it with a straight-through gradient, here hard gates have none"
     ),
 )
@@ -31,7 +32,11 @@ CARD = Card(
 
 @dataclass(frozen=True)
 class Routing:
-    """gates: (b, n, heads), what each head's output is multiplied by. probabilities, picked: (b, n, routed heads), before and by top-k."""
+    """Which heads read for each token.
+
+    gates: (b, n, heads), what each head's output is multiplied by. probabilities, picked: (b, n, routed heads), before top-k
+    and by it.
+    """
 
     gates: Tensor
     probabilities: Tensor
@@ -81,7 +86,7 @@ class Moh(Mixer):
 
     @staticmethod
     def of(attention: Attention, shared: int, active: int, *, sparse: bool = False) -> Moh:
-        """A trained attention as a mixture of its heads, routed by the lengths of queries: no new parameters, no gates but 0 and 1."""
+        """A trained attention as a mixture of its heads, routed by the lengths of queries: no new parameters, gates of 0 and 1."""
         if attention.mechanism is not None:
             raise ShapeError("only plain attention becomes a mixture of heads; this one has a mechanism of its own")
         p = attention.projections
@@ -179,7 +184,7 @@ def oracle(mixer: Moh, x: Tensor, visible: Tensor) -> Tensor:
         shares = torch.softmax(mixer.share.weight @ x[i], 0) if mixer.share is not None else None
         chances = torch.softmax(mixer.route_to.weight @ x[i], 0) if mixer.route_to is not None else None
         pair = torch.softmax(mixer.balance.weight @ x[i], 0) if mixer.balance is not None else None
-        best = sorted(range(p.heads - hs), key=lambda e: -float(chances[e]))[:k] if chances is not None else []  # noqa: B023
+        best = sorted(range(p.heads - hs), key=lambda e: -float(chances[e]))[:k] if chances is not None else []
         for head in range(p.heads):
             if head < hs:
                 assert shares is not None

@@ -17,7 +17,7 @@ CARD = Card(
     year=2019,
     room="heads",
     source=(
-        "arXiv:1911.02150, sec. 3. Its listings leave out the factor 1 / sqrt(d), which the projections can hold; here it is applied. "
+        "arXiv:1911.02150, sec. 3. Its listings leave out 1 / sqrt(d), which the projections can hold; here it is applied. "
         "Pooling a checkpoint's heads (`headwise.mechanisms.heads.gqa.pool`) is of another paper"
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,30 +33,27 @@ EPSILON = 1e-5
 
 
 def _correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """(b, h, c, m) with each head's kernel (h, queries back, keys): the last row and the middle column stand on the place itself."""
+    """(b, h, c, m) with a kernel (h, queries back, keys): its last row and middle column stand on the place itself."""
     back, width = kernel.shape[1:]
     padded = F.pad(x, ((width - 1) // 2, (width - 1) // 2, back - 1, 0))
     return F.conv2d(padded, kernel[:, None].to(x), groups=x.shape[1])
 
 
-class _Near:
-    """What both correlations need of a read: the rows before, and the keys beside."""
-
-    kernel: Tensor | None
-    adjacent = True
-
-    @property
-    def past_rows(self) -> int:
-        """Rows before its own."""
-        return 0 if self.kernel is None else self.kernel.shape[1] - 1
+def _rows_back(kernel: Tensor | None) -> int:
+    return 0 if kernel is None else kernel.shape[1] - 1
 
 
 @dataclass(frozen=True, eq=False)
-class NearScores(_Near, RowScore):
+class NearScores(RowScore):
     """Correlates scores over near queries and keys, then mixes heads. kernel: (h, queries, keys); mix: (h to, h from)."""
 
     kernel: Tensor | None
     mix: Tensor | None
+    adjacent: ClassVar[bool] = True
+
+    @property
+    def past_rows(self) -> int:
+        return _rows_back(self.kernel)
 
     def score_rows(self, scores: Tensor, block: Block) -> Tensor:
         assert block.visible is not None
@@ -66,11 +64,16 @@ class NearScores(_Near, RowScore):
 
 
 @dataclass(frozen=True, eq=False)
-class NearWeights(_Near, Weights):
+class NearWeights(Weights):
     """Correlates weights over near queries and keys, then mixes heads; what the mask hides stays zero. mix: (h from, h to)."""
 
     kernel: Tensor | None
     mix: Tensor | None
+    adjacent: ClassVar[bool] = True
+
+    @property
+    def past_rows(self) -> int:
+        return _rows_back(self.kernel)
 
     def edit(self, weights: Tensor, block: Block) -> Tensor:
         assert block.visible is not None
@@ -141,7 +144,7 @@ class Mta(Mechanism):
 def oracle(mechanism: Mta, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """One sequence, q (h, n, d), k and v (hk, m, d): (h, n, d), by the double sum of the paper."""
     h, n, d = q.shape
-    m, group = k.shape[1], h // k.shape[0]
+    group = h // k.shape[0]
     raw = torch.stack([q[head] @ k[head // group].T / d**0.5 for head in range(h)])
     scores = _sums(torch.where(visible, raw, 0.0), mechanism.kernel_before)
     if mechanism.mix_before is not None:
@@ -167,7 +170,7 @@ def _sums(x: Tensor, kernel: Tensor | None) -> Tensor:
     """sum over a, b of kernel[a, b] x[i - (back - 1) + a, j - width // 2 + b], with x zero outside."""
     if kernel is None:
         return x
-    h, n, m = x.shape
+    n, m = x.shape[1:]
     back, width = kernel.shape[1:]
     out = torch.zeros_like(x)
     for a in range(back):
@@ -193,7 +196,7 @@ def _random(made: Mta) -> Mta:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return made
 
 

@@ -117,7 +117,8 @@ def oracle(mixer: SelectiveSelfAttention, x: Tensor, visible: Tensor) -> Tensor:
             seen = visible[i].nonzero().flatten().tolist()
             s = torch.stack([tau * (wq[i, own] @ wk[j, kv]) / d**0.5 for j in seen])
             e = torch.exp(s - s.max().detach())
-            read.append(sum(e[t] * content(wv[j], mixer.value_weight) * wv[j, kv] for t, j in enumerate(seen)) / e.sum())
+            values = torch.stack([content(wv[j], mixer.value_weight) * wv[j, kv] for j in seen])
+            read.append((e / e.sum()) @ values)
         rows.append(torch.cat(read) @ p.out.weight.T)
     return torch.stack(rows)
 
@@ -133,7 +134,7 @@ def examples(heads: int, size: int) -> list[SelectiveSelfAttention]:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in (w for mixer in made for w in (mixer.query_weight, mixer.value_weight) if w is not None):
-            weight += 0.5 * torch.randn(weight.shape, generator=generator)
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.5)
     return made
 
 
