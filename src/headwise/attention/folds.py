@@ -97,7 +97,7 @@ def _widen(x: Operands, repeated: Tensor, scale: float, found: list[Columns]) ->
         queries = [high for part in wide for high in (part.to(q.dtype), (part - part.to(q.dtype).float()).to(q.dtype))]
         keys = [part for part in keys for _ in range(2)]
     width = sum(part.shape[-1] for part in queries)
-    spare = -(q.shape[-1] + width) % 8  # fused kernels want head sizes in eights
+    spare = -(q.shape[-1] + width) % 16  # fused kernels want head sizes in eights, and are faster by sixteens
     q = torch.cat([q, *(_fit(part, q) for part in queries), q.new_zeros(1).expand(*q.shape[:3], spare)], -1)
     k = torch.cat([k, *(_fit(part, k) for part in keys), k.new_zeros(1).expand(*k.shape[:3], spare)], -1)
     v = x.v if x.v is None or k.shape[1] == x.v.shape[1] else repeat_heads(x.v, x.groups)

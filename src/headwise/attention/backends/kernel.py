@@ -13,7 +13,7 @@ from ..mask import Pattern, documents_at
 from ..read import Operands, Read, apply_outputs
 from ..stage import Bias, Score
 
-FEW = 16  # queries, below which a program for each block of them leaves the GPU idle
+FEW, LONG = 16, 16384  # so few queries against so many keys leave most of the GPU idle: one program a head
 WIDEST = 256  # head size
 
 
@@ -68,8 +68,8 @@ def shuns(read: Read, x: Operands) -> str | None:
     """Why the planner passes it over."""
     if not x.q.is_cuda:
         return "on a CPU it is interpreted, for tests"
-    if x.q.shape[2] < FEW:
-        return f"{x.q.shape[2]} queries fill too little of its tiles"
+    if x.q.shape[2] < FEW and x.k.shape[2] > LONG:
+        return f"{x.q.shape[2]} queries against {x.k.shape[2]} keys would keep one program a head busy, and no more"
     return None
 
 

@@ -20,6 +20,7 @@ from ..read import Operands, Read, apply_outputs, block_of, needed_keys, reachab
 from ..stage import Bias
 
 BLOCK_ROWS = 256
+FEW = 16  # queries, below which the tiles of other kernels are mostly empty
 MASK_ELEMENTS = 2**25  # a larger mask is built a block of rows at a time
 CUDNN_QUERIES = 1024  # on Hopper, from how many queries on cuDNN's kernel is the faster one
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -35,12 +36,14 @@ def refuses(read: Read, x: Operands) -> str | None:
     if read.weights:
         names = ", ".join(type(stage).__name__ for stage in read.weights)
         return f"{names} edits weights and has no fold"
+    if x.q.is_cuda and _half(x) and (read.scoring or read.normalizer is not None):
+        return "on a GPU it would round biases to half precision"
     return None
 
 
 def shuns(read: Read, x: Operands) -> str | None:
     """Why another backend is better: on a GPU, whatever needs a table of masks or biases that it must build."""
-    if x.q.is_cuda and not _fused(read, x) and x.q.shape[2] > 1:
+    if x.q.is_cuda and not _fused(read, x) and x.q.shape[2] >= FEW:
         what = "biases" if read.scoring else "masks" if read.mask is not None else "sinks"
         return f"it would build {what} for blocks of {BLOCK_ROWS} rows"
     return None
@@ -69,10 +72,10 @@ def run(read: Read, x: Operands) -> Tensor:
 
 
 def _padded(x: Operands, causal: bool, scale: float) -> Tensor:
-    """The fused call; values are made as wide as keys where those have columns beside them, which fused kernels ask for."""
+    """The fused call; values are made as wide as keys that have columns beside them where the kernel asks for it."""
     assert x.v is not None
     wide, dv = x.q.shape[-1], x.v.shape[-1]
-    v = F.pad(x.v, (0, wide - dv)) if x.q.is_cuda and dv < wide else x.v
+    v = F.pad(x.v, (0, wide - dv)) if x.q.is_cuda and dv < wide and not _cudnn(x) else x.v
     out = F.scaled_dot_product_attention(x.q, x.k, v, is_causal=causal, scale=scale, enable_gqa=x.groups > 1)
     return out[..., :dv]
 
@@ -89,8 +92,11 @@ def _is_causal(read: Read) -> bool:
 
 def _cudnn(x: Operands) -> bool:
     """Whether cuDNN's kernel is the faster one here: half precision on Hopper, and enough queries."""
-    half = x.q.dtype in (torch.bfloat16, torch.float16)
-    return x.q.is_cuda and half and x.q.shape[2] >= CUDNN_QUERIES and _capability(x.q.device)[0] == 9
+    return x.q.is_cuda and _half(x) and x.q.shape[2] >= CUDNN_QUERIES and _capability(x.q.device)[0] == 9
+
+
+def _half(x: Operands) -> bool:
+    return x.q.dtype in (torch.bfloat16, torch.float16)
 
 
 @cache
