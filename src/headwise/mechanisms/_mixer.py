@@ -15,6 +15,11 @@ from ..attention.stage import Stage
 from ..errors import ShapeError
 
 
+def largest(difference: Tensor) -> float:
+    """The largest magnitude in a tensor: how far off something is."""
+    return float(difference.detach().abs().max())
+
+
 class Mechanism(nn.Module, ABC):
     """How queries read keys and values.
 

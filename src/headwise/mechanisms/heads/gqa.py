@@ -11,7 +11,7 @@ from torch import Tensor
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues
+from .._mixer import Attention, KeyValues, largest
 
 CARD = Card(
     paper="GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
@@ -88,8 +88,8 @@ def identities() -> Iterator[tuple[str, float]]:
             own, value = getattr(spread.projections, name).weight, getattr(shared.projections, name).weight
             own.copy_(value if name == "q" else value.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1))
         spread.projections.out.weight.copy_(shared.projections.out.weight)
-    yield "tied heads are shared ones", float((spread(x, Causal()) - shared(x, Causal())).abs().max())
-    yield "and pool back into them", float((pool(spread, 2)(x, Causal()) - shared(x, Causal())).abs().max())
+    yield "tied heads are shared ones", largest(spread(x, Causal()) - shared(x, Causal()))
+    yield "and pool back into them", largest(pool(spread, 2)(x, Causal()) - shared(x, Causal()))
     caches = [KeyValues(), KeyValues()]
     for mixer, cache in zip((spread, shared), caches, strict=True):
         mixer(x, Causal(), cache=cache)
@@ -97,4 +97,4 @@ def identities() -> Iterator[tuple[str, float]]:
     (grad,) = torch.autograd.grad(shared(x, Causal()).square().sum(), shared.projections.k.weight)
     (apart,) = torch.autograd.grad(spread(x, Causal()).square().sum(), spread.projections.k.weight)
     summed = apart.unflatten(0, (2, 2, 8)).sum(1).flatten(0, 1)
-    yield "a shared key's gradient is the sum of those of its heads", float((grad - summed).abs().max() / grad.abs().max())
+    yield "a shared key's gradient is the sum of those of its heads", largest((grad - summed).abs().max() / grad)

@@ -14,7 +14,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, Mixer, Projections, Seen
+from .._mixer import Attention, KeyValues, Mixer, Projections, Seen, largest
 
 CARD = Card(
     paper="MoH: Multi-Head Attention as Mixture-of-Head Attention",
@@ -227,20 +227,20 @@ def identities() -> Iterator[tuple[str, float]]:
     plain.projections = even.projections
     for router in (even.share, even.route_to, even.balance):
         nn.init.zeros_(router.weight)  # type: ignore[union-attr]
-    yield "routers of zero that pick all heads are plain attention", float((even(x, Causal()) - plain(x, Causal())).abs().max())
+    yield "routers of zero that pick all heads are plain attention", largest(even(x, Causal()) - plain(x, Causal()))
     mixed = Moh(32, 4, 1, 2).double()
     routing = mixed.route(x, mixed.projections.split(x)[0])
     total = routing.gates[..., :1].sum(-1) / 1 + routing.gates[..., 1:].sum(-1) / 2
-    yield "shared gates / h_s and routed gates / k sum to two", float((total - 2).abs().max())
-    yield "each token picks k heads", float((routing.picked.sum(-1) - 2).abs().max())
+    yield "shared gates / h_s and routed gates / k sum to two", largest(total - 2)
+    yield "each token picks k heads", largest(routing.picked.sum(-1) - 2)
     dense = mixed(x, Causal())
     mixed.sparse = True
-    yield "reading only where picked changes nothing", float((mixed(x, Causal()) - dense).abs().max())
+    yield "reading only where picked changes nothing", largest(mixed(x, Causal()) - dense)
     by_norm = Moh.of(plain, 2, 1)
     q = plain.projections.split(x)[0]
     one, other = (by_norm.route(x, scale * q).picked for scale in (1.0, 7.0))
     yield "the size of all queries does not route", float((one != other).sum())
     yield (
         "all heads active is the attention it came from",
-        float((Moh.of(plain, 2, 2)(x, Causal()) - plain(x, Causal())).abs().max()),
+        largest(Moh.of(plain, 2, 2)(x, Causal()) - plain(x, Causal())),
     )

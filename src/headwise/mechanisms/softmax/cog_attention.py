@@ -12,7 +12,7 @@ from ...attention import attend, attention_weights
 from ...attention.stage import Stage
 from ...card import Card
 from ...stages.signed_softmax import SignedSoftmax
-from .._mixer import Mechanism
+from .._mixer import Mechanism, largest
 
 CARD = Card(
     paper="More Expressive Attention with Negative Weights",
@@ -22,6 +22,9 @@ CARD = Card(
         "arXiv:2411.07176, and the authors' code: sign(s) softmax(|s|), the mask before the softmax. Their models keep plain "
         "softmax in the first and the last layer"
     ),
+    exempt={
+        "half_precision": "its weights jump where a score changes its sign, and rounding changes the signs of scores near zero"
+    },
 )
 
 
@@ -66,8 +69,8 @@ def identities() -> Iterator[tuple[str, float]]:
     q, k, v = torch.randn(3, 1, 2, 7, 8, generator=generator, dtype=torch.float64)
     cog = CogAttention()
     weights = attention_weights(q, k, SignedSoftmax())
-    yield "the magnitudes of a row's weights sum to one", float((weights.abs().sum(-1) - 1).abs().max())
-    yield "it is odd in the queries", float((cog(-q, k, v) + cog(q, k, v)).abs().max())
-    yield "queries and keys may both change their sign", float((cog(-q, -k, v) - cog(q, k, v)).abs().max())
+    yield "the magnitudes of a row's weights sum to one", largest(weights.abs().sum(-1) - 1)
+    yield "it is odd in the queries", largest(cog(-q, k, v) + cog(q, k, v))
+    yield "queries and keys may both change their sign", largest(cog(-q, -k, v) - cog(q, k, v))
     positive = cog(q.abs(), k.abs(), v) - attend(q.abs(), k.abs(), v)
-    yield "with positive scores it is softmax attention", float(positive.abs().max())
+    yield "with positive scores it is softmax attention", largest(positive)

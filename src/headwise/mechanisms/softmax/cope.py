@@ -13,7 +13,7 @@ from ...attention import attend
 from ...attention.stage import Block, RowScore, Stage
 from ...card import Card
 from ...stages.causal import Causal
-from .._mixer import Mechanism
+from .._mixer import Mechanism, largest
 
 CARD = Card(
     paper="Contextual Position Encoding: Learning to Count What's Important",
@@ -124,7 +124,7 @@ def identities() -> Iterator[tuple[str, float]]:
     q, k, v = torch.randn(3, 1, 2, 9, 8, generator=generator, dtype=torch.float64)
     cope = _filled(8, 12).double()
     block_out = attend(q * 0, k, v, Causal())
-    yield "queries of zero have gates of 1/2 and no preference", float((cope(q * 0, k, v, Causal()) - block_out).abs().max())
+    yield "queries of zero have gates of 1/2 and no preference", largest(cope(q * 0, k, v, Causal()) - block_out)
     # gates of one: all scores far above zero, the same for every key, so that only the positions choose
     same_key = torch.ones_like(k) * 50
     up = q.abs() + 1
@@ -132,6 +132,6 @@ def identities() -> Iterator[tuple[str, float]]:
     i, j = torch.arange(9)[:, None], torch.arange(9)
     z = (up @ cope.embedding.T / 8**0.5).gather(-1, (i - j + 1).clamp(0, 11).expand(1, 2, 9, 9))
     weights = z.masked_fill(j > i, -torch.inf).softmax(-1)
-    yield "gates of one are relative positions i - j + 1", float((got - weights @ v).abs().max())
+    yield "gates of one are relative positions i - j + 1", largest(got - weights @ v)
     shut = cope(up, -same_key, v, Causal())
-    yield "gates of zero are one position, which is none", float((shut - attend(up, -same_key, v, Causal())).abs().max())
+    yield "gates of zero are one position, which is none", largest(shut - attend(up, -same_key, v, Causal()))

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...attention import attend
-from ...attention.stage import Block, RowScore, Stage, Weights
+from ...attention.mask import Mask
+from ...attention.stage import Block, Places, RowScore, Stage, Weights
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Mechanism
+from .._mixer import Mechanism, largest
 
 CARD = Card(
     paper="Multi-Token Attention",
@@ -41,6 +42,14 @@ def _correlate(x: Tensor, kernel: Tensor) -> Tensor:
 
 def _rows_back(kernel: Tensor | None) -> int:
     return 0 if kernel is None else kernel.shape[1] - 1
+
+
+@dataclass(frozen=True)
+class _Present(Mask):
+    """Hides everything from padding: what it would read is not to reach the rows near it."""
+
+    def visible(self, places: Places) -> Tensor:
+        return places.i >= 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +140,9 @@ class Mta(Mechanism):
         key_positions: Int[Tensor, "... m"] | None = None,
     ) -> Float[Tensor, "b hq n dv"]:
         """See `Mechanism.forward`."""
-        near = NearScores(self.kernel_before, self.mix_before), NearWeights(self.kernel_after, self.mix_after)
+        near: list[Stage] = [NearScores(self.kernel_before, self.mix_before), NearWeights(self.kernel_after, self.mix_after)]
+        if query_positions is not None:
+            near.append(_Present())
         out = attend(q, k, v, *stages, *near, query_positions=query_positions, key_positions=key_positions)
         if self.norm is None or self.gate is None:
             return out
@@ -217,12 +228,12 @@ def identities() -> Iterator[tuple[str, float]]:
     mta = _random(Mta(4, 8, queries=3, keys=5)).double()
     moved = k.clone()
     moved[:, :, 12:] += 1.0
-    yield "no key is read before its time", float((mta(q, k, v, Causal()) - mta(q, moved, v, Causal()))[:, :, :12].abs().max())
+    yield "no key is read before its time", largest((mta(q, k, v, Causal()) - mta(q, moved, v, Causal()))[:, :, :12])
     earlier = q.clone()
     earlier[:, :, : 15 - mta.past_queries] += 1.0
     yield (
         "it reaches back past_queries queries and no more",
-        float((mta(q, k, v, Causal()) - mta(earlier, k, v, Causal()))[:, :, 15:].abs().max()),
+        largest((mta(q, k, v, Causal()) - mta(earlier, k, v, Causal()))[:, :, 15:]),
     )
     counted = sum(p.numel() for p in Mta(16, 96).parameters())
     yield "2817 parameters in a layer of 16 heads of 96", float(abs(counted - 2817))

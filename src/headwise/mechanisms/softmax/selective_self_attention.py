@@ -12,7 +12,7 @@ from ...attention import attend
 from ...attention.stage import Stage
 from ...card import Card
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, Mixer, Projections
+from .._mixer import Attention, KeyValues, Mixer, Projections, largest
 
 CARD = Card(
     paper="Selective Attention: Enhancing Transformer through Principled Context Control",
@@ -152,12 +152,12 @@ def identities() -> Iterator[tuple[str, float]]:
     q, k, v = p.split(x)
     factor = 1 + torch.sigmoid(mixer.alpha) * torch.arange(1, 10).double().log()  # type: ignore[arg-type]
     by_place = p.merge(attend(q * factor[:, None], k, v, Causal())) - mixer(x, Causal())
-    yield "places multiply scores by 1 + c log(place)", float(by_place.abs().max())
+    yield "places multiply scores by 1 + c log(place)", largest(by_place)
     plain = SelectiveSelfAttention(16, 2, place=False).double()
     plain.projections = p
     attention = Attention(16, 2).double()
     attention.projections = p
-    yield "a temperature of one is plain attention", float((plain(x, Causal()) - attention(x, Causal())).abs().max())
+    yield "a temperature of one is plain attention", largest(plain(x, Causal()) - attention(x, Causal()))
     sharp = 1e6 * q
     argmax = v.gather(2, (sharp @ k.mT).argmax(-1, keepdim=True).expand(-1, -1, -1, 8))
-    yield "an endless temperature reads one value", float((attend(sharp, k, v) - argmax).abs().max())
+    yield "an endless temperature reads one value", largest(attend(sharp, k, v) - argmax)
