@@ -131,19 +131,19 @@ def test_check(run, tmp_path, monkeypatch):
 BROKEN = '''
 from dataclasses import dataclass
 import torch
-from headwise.attention.stage import Bias
+from headwise.attention.stage import Output
 
 @dataclass(frozen=True)
-class Ahead(Bias):
-    """Adds the next key's mean to every score."""
-    def bias(self, block):
-        return block.key.mean(-1).roll(-1, -1)[:, :, None, :]
+class Ahead(Output):
+    """Adds what later queries read."""
+    def output(self, out, own_value):
+        return out + out.mean(2, keepdim=True)
 
 def examples(heads, size):
     return [Ahead()]
 
-def oracle(stage, score, head, i, j):
-    return score
+def oracle(stage, out, head):
+    return out
 '''
 
 HELP = {

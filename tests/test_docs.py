@@ -26,7 +26,7 @@ import headwise
 from headwise import cli, registry, zoo
 from headwise.attention import statistic
 from headwise.attention.statistic import NAMED, Statistic
-from headwise.testing import checks_for
+from headwise.testing import _check, checks_for
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -200,7 +200,7 @@ def test_every_option_and_check_is_on_its_page():
         options = [option for p in command.params for option in (*p.opts, *p.secondary_opts) if option.startswith("--")]
         assert [o for o in options if f"`{o}" not in text + shared and o != "--no-" + o[5:].replace("no-", "", 1)] == [], name
     text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
-    checks = {f.__name__.removeprefix("check_") for kind in ("stage", "probe", "recipe", "task") for f in checks_for(kind)}
+    checks = {f.__name__.removeprefix("check_") for kind in _check.MODULES for f in checks_for(kind)}
     assert sorted(c for c in checks if f"`{c}`" not in text) == []
 
 
@@ -212,7 +212,7 @@ def test_every_public_name_is_somewhere():
 def test_counts_in_the_readme():
     """`| probes | 15 | ... |` and the like."""
     rows = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-    counts = {f"{kind}s": len(registry.names(kind)) for kind in ("stage", "probe", "recipe", "task")}
+    counts = {f"{kind}s": len(registry.names(kind)) for kind in ("stage", "mechanism", "probe", "recipe", "task")}
     counts |= {"statistics": len(statistics_there_are()), "embedded models": len(zoo.names())}
-    counts["conformance checks"] = sum(len(checks_for(kind)) for kind in ("stage", "probe", "recipe", "task"))
+    counts["conformance checks"] = sum(len(checks_for(kind)) for kind in ("stage", "mechanism", "probe", "recipe", "task"))
     assert {name: int(rows[name]) for name in counts} == counts

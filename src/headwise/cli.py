@@ -332,7 +332,7 @@ def check(
     from .testing import _check
 
     if bool(names) == everything:
-        raise RegistryError("give names, or --all for everything; your own stage, probe, task or recipe as module:object")
+        raise RegistryError("give names, or --all for everything; your own as module:object, such as a stage or an attention")
     sys.path.insert(0, "")  # so that module:object finds a file beside the user
     items = _check.everything() if everything else [_check.find(name) for name in names or []]
     rows, wrong = [], 0
@@ -342,15 +342,19 @@ def check(
         rows += [vars(result) for result in results]
         if not json_:
             bad = [result for result in results if not result.ok]
-            exempt = sum(result.outcome == "exempt" for result in results)
-            mark = "[red]fails[/red]" if bad else "[green]passes[/green]"
+            exempt, skipped = (sum(result.outcome == outcome for result in results) for outcome in ("exempt", "skipped"))
+            mark = f"[red]fails[/red] {len(bad)}" if bad else f"[green]passes[/green] {len(results) - skipped}"
             console.print(
-                f"{item.kind} {item.name}: {mark} {len(results) - len(bad)} of {len(results)}"
-                f"{f', {exempt} exempt' if exempt else ''}",
+                f"{item.kind} {item.name}: {mark} of {len(results)}"
+                f"{f', {exempt} exempt' if exempt else ''}{f', {skipped} skipped' if skipped else ''}",
                 highlight=False,
             )
             for result in bad:
-                console.print(f"  {result.check}: {_escape(result.message)}", highlight=False)
+                console.print(f"  {result.check}: {_escape(result.message)}", highlight=False, soft_wrap=True)
+            for result in results if not everything else ():  # of all at once, the counts are enough
+                if result.outcome == "skipped":
+                    about = f"  [dim]{result.check} skipped: {_escape(result.message)}[/dim]"
+                    console.print(about, highlight=False, soft_wrap=True)
     if json_:
         print(json.dumps(rows, indent=1))
     if wrong:

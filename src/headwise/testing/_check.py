@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import traceback
+import unittest
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,7 +16,15 @@ from .. import registry
 from ..card import Card
 from ..errors import RegistryError
 
-MODULES = {"stage": "stages", "probe": "probes", "recipe": "recipes", "task": "tasks"}
+# kind -> module of its checks. "mechanism" is the inventory's; "mixer" is any attention of the user's
+MODULES = {
+    "stage": "stages",
+    "probe": "probes",
+    "recipe": "recipes",
+    "task": "tasks",
+    "mechanism": "mixers",
+    "mixer": "mixers",
+}
 
 
 class CheckFailed(AssertionError):
@@ -25,6 +35,10 @@ def require(condition: bool, message: str) -> None:
     """Raises: CheckFailed with the message unless the condition holds."""
     if not condition:
         raise CheckFailed(message)
+
+
+class Skipped(unittest.SkipTest):  # which pytest, too, reports as skipped
+    """A check that does not apply; its message says in words why."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Result:
-    """outcome: passed, failed, exempt (fails, and its card says why it may), or expired (exempt, but passes)."""
+    """outcome: passed, failed, skipped (does not apply, and why), exempt (fails, and its card says why it may), or expired
+    (exempt, but does not fail)."""
 
     kind: str
     name: str
@@ -56,7 +71,7 @@ class Result:
     @property
     def ok(self) -> bool:
         """Whether this is as it should be."""
-        return self.outcome in ("passed", "exempt")
+        return self.outcome in ("passed", "skipped", "exempt")
 
 
 def checks_for(kind: str) -> list[Callable[[Item], None]]:
@@ -75,7 +90,11 @@ def registered(kind: str, name: str) -> Item:
 
 def everything() -> list[Item]:
     """All items of the inventory."""
-    return [registered(kind, name) for kind in MODULES for name in registry.names(kind)]
+    return [registered(kind, name) for kind in _listed() for name in registry.names(kind)]
+
+
+def _listed() -> list[str]:
+    return [kind for kind in MODULES if kind in registry.kinds()]
 
 
 def find(name: str) -> Item:
@@ -84,14 +103,14 @@ def find(name: str) -> Item:
     Raises: RegistryError if there is none, or it is nothing that can be checked.
     """
     if ":" not in name:
-        found = [registered(kind, item) for kind in MODULES for item in registry.names(kind) if item == name.replace("-", "_")]
+        found = [registered(kind, item) for kind in _listed() for item in registry.names(kind) if item == name.replace("-", "_")]
         if not found:
             raise RegistryError(f"nothing is registered as {name!r}; see `headwise list`, or give your own as module:object")
         return found[0]
     path, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(path)
-        value = getattr(module, attribute)
+        value = operator.attrgetter(attribute)(module)
     except (ImportError, AttributeError) as error:
         raise RegistryError(f"cannot import {name!r}: {error}") from error
     return Item(_kind_of(value, name), attribute, value, module)
@@ -101,26 +120,39 @@ def _kind_of(value: Any, name: str) -> str:
     from ..attention.stage import Stage
     from ..probes import Probe
     from ..tasks import Task
+    from ._build import is_attention
 
     for kind, base in (("stage", Stage), ("probe", Probe), ("task", Task)):
         if inspect.isclass(value) and issubclass(value, base):
             return kind
+    if is_attention(value):
+        return "mixer"
     if inspect.isfunction(value):
         return "recipe"
     raise RegistryError(
-        f"{name} is a {type(value).__name__}; "
-        "checked can be subclasses of Stage, Probe and Task, and recipes (functions that make a Plan)"
+        f"{name} is a {type(value).__name__}; checked can be subclasses of Stage, Probe and Task, recipes (functions that make "
+        "a Plan), and attentions (modules, and functions of q, k and v)"
     )
 
 
 def check(item: Item) -> Iterator[Result]:
-    """Runs every check of the item's kind."""
+    """Runs every check of the item's kind.
+
+    Raises: RegistryError if it is an attention of the user's that can't be built or called.
+    """
+    if item.kind == "mixer":
+        from ._build import instances
+
+        instances(item)
     exempt = item.card.exempt if item.card else {}
     for function in checks_for(item.kind):
         name = function.__name__.removeprefix("check_")
         reason = exempt.get(name)
         try:
             function(item)
+        except Skipped as why:
+            expired = f"does not apply ({why}), so its exemption must go ({reason})"
+            yield Result(item.kind, item.name, name, "expired" if reason else "skipped", expired if reason else str(why))
         except Exception as error:  # a crash in the item is a finding about the item
             message = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error} ({_where(error)})"
             yield Result(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..attention import attend
+from ..attention.folds import fold
+from ..attention.mask import Mask
 from ..attention.planner import BACKENDS
-from ..attention.read import Operands, Read, fold_weights
-from ..attention.stage import Bias, Mask, Normalizer, Output, Score, Stage, Weights
+from ..attention.read import Operands, Read
+from ..attention.stage import Bias, Normalizer, Output, Score, Stage, Weights
 from ..stages.causal import Causal
 from ._check import Item, require
 
@@ -113,9 +115,9 @@ def check_backends(item: Item) -> None:
         weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         grads = _gradients((expected * weight).sum(), (q, k, v))
         x = Operands.of(q, k, v)
-        read, _ = fold_weights(Read.of((Causal(), stage), D**-0.5), x)
+        folded = fold(Read.of((Causal(), stage), D**-0.5), x)
         for name, backend in BACKENDS.items():
-            if name == "reference" or backend.refuses(read, x) is not None:
+            if name == "reference" or backend.refuses(folded.read, folded.x) is not None:
                 continue
             out = _read(stage, q, k, v, backend=name)
             error = float((out - expected).detach().abs().max())

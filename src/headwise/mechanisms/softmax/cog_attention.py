@@ -23,7 +23,7 @@ CARD = Card(
         "softmax in the first and the last layer"
     ),
     exempt={
-        "half_precision": "its weights jump where a score changes its sign, and rounding changes the signs of scores near zero"
+        "half_precision": "weights jump where a score changes its sign, and rounding changes signs near zero"
     },
 )
 
