@@ -91,7 +91,7 @@ CASES = {
     "causal": ((Causal(),), 40, 40), "decode": ((Causal(),), 1, 70), "chunk": ((Causal(),), 9, 70), "both ways": ((), 40, 40),
     "cross": ((), 37, 21), "window": ((Causal(), Window(11)), 45, 45), "sink and window": ((Causal(), Window(9) | Sink(3)), 70, 70),
     "two-sided window": ((Window(8),), 40, 40), "documents": ((Causal(), Documents(torch.arange(60) // 13)), 60, 60),
-    "sink alone": ((Causal(), Sink(4)), 33, 33),
+    "sink alone": ((Causal(), Sink(4)), 33, 33), "sinks beyond the window": ((Window(2) | Sink(200),), 300, 300),
     "packed window": ((Causal(), Window(5), Documents(torch.arange(60) // 21)), 40, 60),
 }  # fmt: skip
 

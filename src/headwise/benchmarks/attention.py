@@ -100,7 +100,7 @@ def _measure(device: torch.device, tokens: int, runs: list[tuple[str, str, Run]]
     base: dict[str, float | None] = {}
     goals, notes = options.get("goals", {}), options.get("notes", {})
     for measure, what, run in sorted(runs, key=lambda r: r[0]):
-        seconds = 1.0 if device.type == "cuda" else 2.0
+        seconds = 0.5 if device.type == "cuda" else 2.0
         row = measured(
             measure, what, tokens, run, device, base=base.get(measure), goal=goals.get((measure, what)), note=notes.get(what, ""),
             seconds=seconds,
@@ -122,11 +122,35 @@ def _causal_blocks(tokens: int, device: torch.device) -> Any:
     return create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=str(device))
 
 
-def _flexed(x: Tensors, score_mod: Any) -> Tensor:
+def _flexed(x: Tensors, score_mod: Any, options: Any = None) -> Tensor:
     q, k, v = x
     blocks = _causal_blocks(q.shape[2], q.device)
-    out: Tensor = _flex()(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    out: Tensor = _flex()(q, k, v, score_mod=score_mod, block_mask=blocks, enable_gqa=grouped, kernel_options=options)
     return out
+
+
+# What to ask FlexAttention for, in turn, where its own choice does not fit the GPU's shared memory.
+SMALLER: tuple[dict[str, int] | None, ...] = (
+    None,
+    {"num_stages": 1},
+    {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 1},
+    {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32, "num_stages": 1},
+)
+
+
+def _options(train: Callable[[Any], Any]) -> tuple[Any, str]:
+    """The first options with which FlexAttention trains; and what to note of them."""
+    said = ""
+    for options in SMALLER:
+        try:
+            train(options)
+        except Exception as error:  # its compiler raises errors of many kinds
+            said = f"its own choice of tiles does not run here: {str(error).splitlines()[0][:80]}"
+            torch._dynamo.reset()
+            continue
+        return options, "" if options is None else f"with {options}, for {said}"
+    return None, said
 
 
 def _trains(device: torch.device, runs: list[tuple[str, str, Run]]) -> list[tuple[str, str, Run]]:
@@ -173,11 +197,20 @@ def _relative(device: torch.device, tokens: int) -> Iterator[Row]:
     def read() -> Tensor:
         return attend(*x, Causal(), RelativeBias(table))
 
-    flexed = _trains(device, _both("relative bias", "peer: FlexAttention", x, lambda: _flexed(x, by_distance), (table,)))
+    def flexed(options: Any) -> Tensor:
+        return _flexed(x, by_distance, options)
+
+    def train(options: Any) -> Any:
+        return torch.autograd.grad(flexed(options).sum(), (*x, table))
+
+    options, about = _options(train) if device.type == "cuda" else (None, "")
+    peers = _both("relative bias", "peer: FlexAttention", x, lambda: flexed(options), (table,)) if device.type == "cuda" else []
     whole = _both("relative bias", "peer: a table of all pairs", x, dense, (table,))
     ours = _both("relative bias", "relative bias", x, read, (table,))
-    runs = (flexed if device.type == "cuda" else []) + whole + ours
+    runs = peers + whole + ours
     notes = {what: _repeats(run) for measure, what, run in runs if "training" in measure}
+    if about:
+        notes["peer: FlexAttention"] += f"; {about}"
     yield from _measure(device, tokens, runs, goals={("relative bias, training", "relative bias"): 1 / 1.5}, notes=notes)
 
 
@@ -186,7 +219,7 @@ def _repeats(train: Run) -> str:
     try:
         first, second = train(), train()
     except (torch.OutOfMemoryError, RuntimeError):
-        return ""
+        return "does not run"
     same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     return "gradients the same bits twice" if same else "gradients differ from run to run"
 

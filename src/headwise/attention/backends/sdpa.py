@@ -75,7 +75,8 @@ def _padded(x: Operands, causal: bool, scale: float) -> Tensor:
     """The fused call; values are made as wide as keys that have columns beside them where the kernel asks for it."""
     assert x.v is not None
     wide, dv = x.q.shape[-1], x.v.shape[-1]
-    v = F.pad(x.v, (0, wide - dv)) if x.q.is_cuda and dv < wide and not _cudnn(x) else x.v
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v))
+    v = F.pad(x.v, (0, wide - dv)) if x.q.is_cuda and dv < wide and (trains or not _cudnn(x)) else x.v
     out = F.scaled_dot_product_attention(x.q, x.k, v, is_causal=causal, scale=scale, enable_gqa=x.groups > 1)
     return out[..., :dv]
 

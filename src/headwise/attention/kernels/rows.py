@@ -121,12 +121,13 @@ def rows_kernel(
         stop = tiles
         if CAUSAL:
             stop = tl.minimum(tiles, tl.cdiv(tl.maximum(high + 1, 0), N))
+        head_tiles = tl.minimum(head_tiles, stop)
         if WINDOWED:
             begin = tl.maximum(low - window + 1, 0) // N
             edge = tl.maximum(high - window + N, 0) // N
             if not CAUSAL:
                 stop = tl.minimum(tiles, tl.cdiv(tl.maximum(high + window, 0), N))
-        head_tiles = tl.minimum(head_tiles, stop)
+                stop = tl.maximum(stop, head_tiles)  # sinks may lie beyond the window
         begin = tl.minimum(tl.maximum(begin, head_tiles), stop)
         near_begin = tl.maximum(low + 1 - reach, 0) // N
         near_begin = tl.minimum(near_begin, tl.minimum(stop, m // N))
