@@ -22,6 +22,7 @@ REAL = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="
 DEVICES = [ON_CPU, pytest.param("cuda", marks=[pytest.mark.gpu, REAL])]
 SMALL = {
     "forward": Launch(16, 32, 4, 1),
+    "forward, more": Launch(16, 32, 4, 1),
     "keys": Launch(32, 16, 4, 1),
     "queries": Launch(32, 16, 4, 1),
     "table": Launch(16, 16, 4, 1),

@@ -47,10 +47,15 @@ class Launch:
     stages: int
 
 
-# {kernel: {(largest head size, float32): launch}}. "table" is "queries" where a table wants its gradient: there m == n.
+# {kernel: {(largest head size, float32): launch}}. "forward, more": what reads places, documents or a table keeps more in
+# shared memory. "table" is "queries" where a table wants its gradient: there m == n.
 LAUNCHES: dict[str, dict[tuple[int, bool], Launch]] = {
     "forward": {
         (64, False): Launch(64, 128, 4, 3), (128, False): Launch(128, 128, 8, 3), (256, False): Launch(128, 64, 8, 2),
+        (64, True): Launch(64, 32, 8, 1), (128, True): Launch(32, 16, 4, 1), (256, True): Launch(16, 16, 4, 1),
+    },
+    "forward, more": {
+        (64, False): Launch(64, 128, 4, 3), (128, False): Launch(128, 64, 8, 3), (256, False): Launch(128, 64, 8, 2),
         (64, True): Launch(64, 32, 8, 1), (128, True): Launch(32, 16, 4, 1), (256, True): Launch(16, 16, 4, 1),
     },
     "keys": {
@@ -207,7 +212,8 @@ class _Call:
 
         out = self.q.new_empty(self.b, self.heads, self.n, self.dv)
         lse = self.q.new_empty(self.b, self.heads, self.n, dtype=torch.float32)
-        cut, arguments = self.cut("forward")
+        more = not self.constants["ALIGNED"] or self.constants["DOCUMENTS"] or self.constants["TABLE"]
+        cut, arguments = self.cut("forward, more" if more else "forward")
         biased_kernel[(-(-self.n // cut.m) * self.b * self.heads,)](
             self.q, self.k, self.v, out, lse, *self.integers, self.slopes, self.table, self.logit,
             *self.strides, *self.integer_strides, self.table_stride, *self.sizes, self.terms.scale * LOG2E, *self.reaches,

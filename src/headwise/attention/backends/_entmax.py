@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -41,8 +42,8 @@ class Launch:
 # {kernel: {(largest head size, float32): launch}}. "queries" has the tiles of "forward", which says which of them hold weight;
 # "keys" has its keys, and a part of its queries.
 LAUNCHES: dict[str, dict[tuple[int, bool], Launch]] = {
-    "forward": {(64, False): Launch(128, 64, 8, 2, 128), (128, False): Launch(128, 64, 8, 2), (128, True): Launch(32, 16, 4, 1)},
-    "queries": {(64, False): Launch(128, 64, 8, 2), (128, False): Launch(128, 64, 8, 2), (128, True): Launch(32, 16, 4, 1)},
+    "forward": {(64, False): Launch(128, 64, 8, 3, 128), (128, False): Launch(128, 64, 8, 2), (128, True): Launch(32, 16, 4, 1)},
+    "queries": {(64, False): Launch(128, 64, 8, 2, 128), (128, False): Launch(128, 64, 8, 2), (128, True): Launch(32, 16, 4, 1)},
     "keys": {(64, False): Launch(64, 64, 4, 2), (128, False): Launch(64, 64, 8, 2), (128, True): Launch(32, 16, 4, 1)},
 }
 
@@ -72,7 +73,10 @@ def entmax_attention(
         raise ShapeError(f"heads of size {max(d, v.shape[3])} are larger than {WIDEST}")
     if scale < 0:  # the largest product must be that of the largest score
         q, scale = -q, -scale
-    return _Entmax.apply(q, k, v, _Setting(alpha, float(scale), causal, window, sink))  # type: ignore[no-untyped-call]
+    dv = v.shape[3]
+    q, k, v = (F.pad(t, (0, -t.shape[3] % 16)) if t.shape[3] % 16 else t for t in (q, k, v))  # rows that tensor cores take whole
+    out: Tensor = _Entmax.apply(q, k, v, _Setting(alpha, float(scale), causal, window, sink))  # type: ignore[no-untyped-call]
+    return out[..., :dv]
 
 
 @dataclass(frozen=True)

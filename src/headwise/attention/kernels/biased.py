@@ -43,11 +43,11 @@ def rows_of(base, stride, index, inside, width, BLOCK: tl.constexpr, WHOLE: tl.c
 
 @triton.jit
 def distances(query, key, M: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr):
-    """(least, most) distance between M queries from place `query` on and N keys from `key` on; any, if they have no order."""
+    """(least, most) distance between M queries from place `query` on and N keys from `key` on; zeros if they have no order."""
     if ALIGNED:
         return query - key - (N - 1), query - key + (M - 1)
     else:
-        return -(1 << 30), 1 << 30
+        return 0, 0
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def far_off(slope, place, key):
 
 @triton.jit
 def biased(s, place, there, key, low, high, slope, table_ptr, reach, SLOPES: tl.constexpr, TABLE: tl.constexpr,
-           LINEAR: tl.constexpr):  # fmt: skip
+           LINEAR: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """Scores plus biases. place, there: positions of queries and keys, shaped to be subtracted from each other.
 
     key: the tile's first. low, high: the tile's `distances`. LINEAR: later keys are hidden, so that -slope * distance is
@@ -68,7 +68,9 @@ def biased(s, place, there, key, low, high, slope, table_ptr, reach, SLOPES: tl.
         s += slope * (there - key).to(tl.float32)
     elif SLOPES:  # positions as floats: exact below 2^24, and cheaper than converting every distance
         s -= slope * tl.abs(place.to(tl.float32) - there.to(tl.float32))
-    if TABLE:
+    if TABLE and not ALIGNED:
+        s += tl.load(table_ptr + tl.minimum(tl.maximum(place - there, -reach), reach) + reach)
+    elif TABLE:
         # The branch also keeps the compiler from fetching the look-ups ahead through shared memory, an entry at a time.
         if (low >= reach) | (high <= -reach):
             s += tl.load(table_ptr + tl.where(low >= reach, 2 * reach, 0))
@@ -149,7 +151,7 @@ def _step(
     s = base2(product(q, tl.trans(k), EXACT), scale, SOFTCAP)
     low, high = distances(first, tile * N, M, N, ALIGNED)
     LINEAR: tl.constexpr = SLOPES and CAUSAL and ALIGNED
-    s = biased(s, place[:, None], there[None, :], tile * N, low, high, slope, table_ptr, reach, SLOPES, TABLE, LINEAR)
+    s = biased(s, place[:, None], there[None, :], tile * N, low, high, slope, table_ptr, reach, SLOPES, TABLE, LINEAR, ALIGNED)
     if MASKED:
         doc = there
         if DOCUMENTS:

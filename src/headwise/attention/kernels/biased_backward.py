@@ -46,13 +46,13 @@ def sum_kernel(parts_ptr, sums_ptr, count, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scores_gradient(a, b, a_out, b_out, seen, lse, delta, place, there, key, low, high, slope, table_ptr, reach, scale,
-                     SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, TABLE: tl.constexpr, LINEAR: tl.constexpr, EXACT: tl.constexpr,
-                     MASKED: tl.constexpr):  # fmt: skip
+                     SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, TABLE: tl.constexpr, LINEAR: tl.constexpr,
+                     ALIGNED: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Of the tile a @ b': (weights, gradient of the scores after cap and biases, gradient of scale * products before them)."""
     z = base2(product(a, tl.trans(b), EXACT), scale, SOFTCAP)
     if LINEAR:
         lse = lse + far_off(slope, place, key)
-    p = tl.exp2(biased(z, place, there, key, low, high, slope, table_ptr, reach, SLOPES, TABLE, LINEAR) - lse)
+    p = tl.exp2(biased(z, place, there, key, low, high, slope, table_ptr, reach, SLOPES, TABLE, LINEAR, ALIGNED) - lse)
     if MASKED:
         p = tl.where(seen, p, 0.0)
     ds = p * (product(a_out, tl.trans(b_out), EXACT) - delta)
@@ -125,7 +125,7 @@ def _key_step(
     low, high = distances(block * M + offset, first, M, N, ALIGNED)
     p, _, inner = _scores_gradient(k, q, v, grad, seen, lse[None, :], delta[None, :], place[None, :], there[:, None],
                                    first, low, high, slope, table_ptr, reach, scale, SOFTCAP, SLOPES, TABLE,
-                                   SLOPES and CAUSAL and ALIGNED, EXACT, MASKED)  # fmt: skip
+                                   SLOPES and CAUSAL and ALIGNED, ALIGNED, EXACT, MASKED)  # fmt: skip
     return added(inner.to(q.dtype), q, dk, EXACT), added(p.to(grad.dtype), grad, dv_, EXACT)
 
 
@@ -226,7 +226,7 @@ def _query_step(
     low, high = distances(first, tile * N, M, N, ALIGNED)
     _, ds, inner = _scores_gradient(q, k, grad, v, seen, lse[:, None], delta[:, None], place[:, None], there[None, :],
                                     tile * N, low, high, slope, table_ptr, reach, scale, SOFTCAP, SLOPES, TABLE,
-                                    SLOPES and CAUSAL and ALIGNED, EXACT, MASKED)  # fmt: skip
+                                    SLOPES and CAUSAL and ALIGNED, ALIGNED, EXACT, MASKED)  # fmt: skip
     if SLOPES_GRAD:
         slope_sum -= tl.sum(ds * tl.abs(place.to(tl.float32)[:, None] - there.to(tl.float32)[None, :]), 1)
     return added(inner.to(k.dtype), k, dq, EXACT), slope_sum, ds
