@@ -45,7 +45,8 @@ def load(kind: str, name: str) -> Any:
     module = _module(kind, name)
     stem = module.__name__.rsplit(".", 1)[1]
     camel = "".join(part.capitalize() for part in stem.split("_"))
-    found = getattr(module, camel, None) or getattr(module, stem, None)
+    both = (vars(module).get(name) for name in (camel, stem))
+    found = next((item for item in both if getattr(item, "__module__", None) == module.__name__), None)  # not what it imports
     if found is None:
         raise RegistryError(f"{module.__name__} must define {camel} or {stem}, its registered name")
     return found

@@ -63,7 +63,7 @@ def run(read: Read, x: Operands) -> Tensor:
         with _kernels(x):
             out = _padded(x, causal, read.scale)
         return apply_outputs(read, out, x)
-    narrow = not _is_causal(read) and reachable_pairs(read, x) <= 0.75 * n * m
+    narrow = reachable_pairs(read, x) <= 0.75 * n * m
     rows = BLOCK_ROWS if narrow or n * m > MASK_ELEMENTS else n
     blocks = [(start, min(start + rows, n)) for start in range(0, n, rows)]
     again = torch.is_grad_enabled() and len(blocks) > 1  # else every block's mask is kept for the backward pass
@@ -76,7 +76,7 @@ def _padded(x: Operands, causal: bool, scale: float) -> Tensor:
     assert x.v is not None
     wide, dv = x.q.shape[-1], x.v.shape[-1]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v))
-    v = F.pad(x.v, (0, wide - dv)) if x.q.is_cuda and dv < wide and (trains or not _cudnn(x)) else x.v
+    v = F.pad(x.v, (0, wide - dv)) if dv < wide and (trains or not _cudnn(x)) else x.v
     out = F.scaled_dot_product_attention(x.q, x.k, v, is_causal=causal, scale=scale, enable_gqa=x.groups > 1)
     return out[..., :dv]
 
