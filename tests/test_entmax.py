@@ -8,7 +8,7 @@ import torch
 from headwise import Causal, Sink, Window, attend
 from headwise.attention.backends import chunked
 from headwise.attention.backends._entmax import LAUNCHES, Launch, _rows, _Setting, entmax_attention, launch
-from headwise.attention.kernels import missing
+from headwise.attention.kernels import interpreted
 from headwise.attention.read import Operands, Read
 from headwise.errors import ShapeError
 from headwise.stages import entmax as stage
@@ -17,7 +17,7 @@ from headwise.stages.sparsemax import Sparsemax
 
 ALPHAS = (1.05, 1.3, 1.5, 1.7, 1.95, 2.0)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-kernels = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 
 
 def scores(rows=12, m=200, scale=1.0, seed=0, dtype=torch.float64):
@@ -187,7 +187,7 @@ def check(pairs, tolerance):
         assert float((got - want).abs().max()) <= tolerance * max(1.0, float(want.abs().max())), name
 
 
-@kernels
+@interpreter
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel(case, alpha):
@@ -197,7 +197,7 @@ def test_the_kernel(case, alpha):
     check(both(q, k, v, w, alpha, 0.6, **mask), 5e-6)
 
 
-@kernels
+@interpreter
 def test_the_kernel_skips_tiles_that_hold_no_weight():
     """Near keys far above the rest: few tiles stay; and to call them dead too early would show."""
     q, k, v, w = made(64, 64, heads=4, kv=4)
@@ -211,7 +211,7 @@ def test_the_kernel_skips_tiles_that_hold_no_weight():
     assert live.tolist() == near.tolist() == [[[1, 1, 0, 0], [0, 0, 1, 1]]] * 4
 
 
-@kernels
+@interpreter
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 def test_the_kernel_with_ties(alpha):
     q, k, v, w = made(20, 33)
@@ -222,14 +222,14 @@ def test_the_kernel_with_ties(alpha):
     check(both(q, k, v, w, alpha, 0.5), 2e-6)
 
 
-@kernels
+@interpreter
 @pytest.mark.parametrize("scale", [-0.4, 0.0])
 def test_the_kernel_at_other_scales(scale):
     q, k, v, w = made(20, 33, kv=2)
     check(both(q, k, v, w, 1.5, scale, causal=True), 2e-6)
 
 
-@kernels
+@interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_kernel_in_half_precision(dtype):
     n = 150 if dtype == torch.float16 else 40  # the interpreter knows no bfloat16: there it is float32, in smaller tiles
@@ -240,7 +240,7 @@ def test_the_kernel_in_half_precision(dtype):
     assert all(g.dtype == dtype for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-@kernels
+@interpreter
 def test_the_kernel_repeats_its_bits_and_reads_any_layout():
     q, k, v, w = made(35, 35, b=2)
 
@@ -256,7 +256,7 @@ def test_the_kernel_repeats_its_bits_and_reads_any_layout():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@kernels
+@interpreter
 def test_the_kernel_hides_nothing_that_is_wrong():
     q, k, v, _ = made(20, 40, heads=4, kv=4)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_the_kernel_hides_nothing_that_is_wrong():
     assert not bool(wrong[0, ::3].any())
 
 
-@kernels
+@interpreter
 def test_the_kernel_without_queries_or_keys():
     for n, m in ((0, 5), (4, 0)):
         q, k, v, w = made(n, m)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
@@ -62,11 +62,16 @@ class PerHead(Mask):
         used = self._used()
         return used[0].pattern() if len(used) == 1 else None
 
+    def select(self, heads: Sequence[int]) -> PerHead:
+        """The same for a choice of heads, of masks that differ by head themselves too."""
+        which = self.which if len(self.which) == 1 else self.which[list(heads)]
+        return PerHead(tuple(mask.select(heads) for mask in self.masks), which)
+
     def check_heads(self, heads: int) -> None:
-        """Raises: ShapeError if `which` has another number of heads."""
+        """Raises: ShapeError if `which`, or one of the masks, has another number of heads."""
         super().check_heads(heads)
-        if any(mask.per_head for mask in self.masks):
-            raise ShapeError("masks that differ by head stand beside each other in PerHead, not inside one another")
+        for mask in self.masks:
+            mask.check_heads(heads)
 
 
 def oracle(stage: PerHead, i: int, j: int) -> bool:

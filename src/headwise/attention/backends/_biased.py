@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -97,8 +98,11 @@ def biased_attention(
         places = _integers(queries, q), _integers(torch.arange(m)[None] if key_positions is None else key_positions, q)
     if places is not None and terms.table is not None and terms.table.requires_grad and torch.is_grad_enabled():
         raise ShapeError("the gradient of a table needs queries and keys in order: leave the positions out, or detach the table")
+    dv = v.shape[3]
+    if q.dtype != torch.float32:  # rows that tensor cores take whole
+        q, k, v = (F.pad(t, (0, -t.shape[3] % 16)) if t.shape[3] % 16 else t for t in (q, k, v))
     out, lse = _Biased.apply(q, k, v, terms.slopes, terms.table, terms.logit, terms, places)  # type: ignore[no-untyped-call]
-    return out, lse
+    return out[..., :dv], lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, terms: Terms, query_positions: Tensor | None, key_positions: Tensor | None) -> None:
