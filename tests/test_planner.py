@@ -24,12 +24,13 @@ from headwise import (
     explain,
 )
 from headwise.attention import read as read_module
-from headwise.attention.backends import chunked
+from headwise.attention.backends import chunked, sdpa
 from headwise.attention.folds import fold
 from headwise.attention.read import Operands, Read
 from headwise.errors import BackendError, ShapeError
 from headwise.mechanisms.softmax.cope import ContextualPositions
 from headwise.mechanisms.softmax.mta import NearScores, NearWeights
+from headwise.models.masks import DenseBias, DenseMask
 from headwise.stages.low_rank_bias import LowRankBias
 from headwise.stages.per_head import PerHead
 from headwise.stages.relative_bias import RelativeBias, t5_bucket
@@ -241,6 +242,20 @@ def test_named_backends_say_why_not():
     assert told.backend == "chunked"
     assert set(told.refused) == {"sdpa", "kernel", "flex"}
     assert "compiles for many seconds" in told.refused["flex"]
+
+
+def test_biases_keep_their_digits_on_a_gpu():
+    """A GPU's kernels take biases in the dtype of q: what is wider goes elsewhere, a model's own table does not."""
+    table = DenseBias(torch.zeros(1, 4, 5, 5, dtype=torch.bfloat16))
+    for stages, lost in (
+        ((Causal(),), False), ((Causal(), Alibi.geometric(4)), True), ((table,), False),
+        ((DenseBias(table.table.float()),), True), ((SinkLogit(torch.zeros(4)),), True),
+        ((SinkLogit(torch.zeros(4, dtype=torch.bfloat16)), DenseMask(torch.ones(1, 1, 5, 5, dtype=torch.bool))), False),
+    ):  # fmt: skip
+        read = Read.of(stages, 1.0)
+        assert sdpa.rounds(read, torch.bfloat16) == lost
+        assert not sdpa.rounds(read, torch.float32)
+    assert (Causal() & DenseMask(torch.ones(1, 1, 5, 5, dtype=torch.bool))).given() == torch.bool
 
 
 def test_flex_reads_what_the_reference_reads_and_compiles_once_for_all_lengths():

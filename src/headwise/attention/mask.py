@@ -150,6 +150,9 @@ class Mask(Stage):
 class _Joined(Mask):
     parts: tuple[Mask, ...]
 
+    def given(self) -> torch.dtype | None:
+        return next((dtype for part in self.parts if (dtype := part.given()) is not None), None)
+
     def select(self, heads: Sequence[int]) -> Self:
         return type(self)(tuple(part.select(heads) for part in self.parts))
 

@@ -64,7 +64,12 @@ class Execution:
 
     folded: Folded
     backend: str
-    explanation: Explanation
+    refused: dict[str, str]
+
+    @property
+    def explanation(self) -> Explanation:
+        """How it will run, and why so. Counted when asked for: every call would pay for it."""
+        return _explained(self.folded, self.backend, self.refused)
 
     def run(self) -> Tensor:
         """(b, h, n, dv)."""
@@ -89,7 +94,7 @@ def plan(read: Read, x: Operands, backend: str | None = None) -> Execution:
         if reason is None and backend is None:
             reason = module.shuns(folded.read, folded.x)
         if reason is None:
-            return Execution(folded, name, _explained(folded, name, refused))
+            return Execution(folded, name, refused)
         refused[name] = reason
     reason = refused[backend or ""]
     raise BackendError(f"backend {backend!r} cannot run this read: {reason}; leave backend= out to let the planner choose")

@@ -122,6 +122,10 @@ class Stage(ABC):  # noqa: B024 - what a stage must do is up to its kind
 
     per_head: ClassVar[tuple[str, ...]] = ()
 
+    def given(self) -> torch.dtype | None:
+        """If this is a table of all pairs that is there already, its dtype; None otherwise."""
+        return None
+
     def select(self, heads: Sequence[int]) -> Self:
         """The same stage for a choice of its heads: per-head fields are indexed, all else is kept."""
         if not self.per_head:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,20 @@ from torch import Tensor, nn
 from ..attention import attend
 from ..attention.stage import Stage
 from ..errors import ShapeError
+
+Queries: TypeAlias = Float[Tensor, "b hq n d"]
+Keys: TypeAlias = Float[Tensor, "b hk m d"]
+Values: TypeAlias = Float[Tensor, "b hk m dv"]
+Outputs: TypeAlias = Float[Tensor, "b hq n dv"]
+Tokens: TypeAlias = Float[Tensor, "b n width"]
+Real: TypeAlias = Bool[Tensor, "b n"]
+
+
+class Positions(TypedDict, total=False):
+    """Where queries and keys stand, as in `headwise.attend`; in order where they are not given."""
+
+    query_positions: Int[Tensor, "... n"] | None
+    key_positions: Int[Tensor, "... m"] | None
 
 
 def largest(difference: Tensor) -> float:
@@ -30,15 +44,7 @@ class Mechanism(nn.Module, ABC):
     past_queries: int = 0
 
     @abstractmethod
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """Reads as `headwise.attend` does, with the same conventions; `stages` are the caller's, such as Causal()."""
 
 
@@ -50,6 +56,11 @@ class Seen(NamedTuple):
     v: Tensor
     query_positions: Tensor | None
     key_positions: Tensor | None
+
+    @property
+    def places(self) -> Positions:
+        """The positions, as arguments."""
+        return Positions(query_positions=self.query_positions, key_positions=self.key_positions)
 
 
 class KeyValues:
@@ -73,7 +84,7 @@ class KeyValues:
         """Bytes held."""
         return sum(t.numel() * t.element_size() for t in (self.q, self.k, self.v) if t is not None)
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Bool[Tensor, "b n"] | None = None) -> Seen:
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Real | None = None) -> Seen:
         """Adds new tokens and returns what they may read. attention_mask: 0 at those that are padding."""
         places = self._places(k, attention_mask)
         if self.k is not None and self.v is not None:
@@ -107,13 +118,7 @@ class Mixer(nn.Module, ABC):
     width: int
 
     @abstractmethod
-    def forward(
-        self,
-        x: Float[Tensor, "b n width"],
-        *stages: Stage,
-        cache: KeyValues | None = None,
-        attention_mask: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n width"]:
+    def forward(self, x: Tokens, *stages: Stage, cache: KeyValues | None = None, attention_mask: Real | None = None) -> Tokens:
         """Mixes tokens.
 
         stages: masks and the like, such as Causal(). cache: what was kept of earlier tokens, from `new_cache`; it is
@@ -143,12 +148,12 @@ class Projections(nn.Module):
         self.v = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.out = nn.Linear(heads * self.head_dim, width, bias=bias)
 
-    def split(self, x: Float[Tensor, "b n width"]) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, x: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, n, d), keys and values (b, hk, n, d)."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
         return q, k, v
 
-    def merge(self, out: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n width"]:
+    def merge(self, out: Float[Tensor, "b h n d"]) -> Tokens:
         """What the heads read, mapped back."""
         merged: Tensor = self.out(out.transpose(1, 2).flatten(2))
         return merged
@@ -177,17 +182,11 @@ class Attention(Mixer):
         self.projections = Projections(width, heads, kv_heads, head_dim, bias)
         self.mechanism = mechanism
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n width"],
-        *stages: Stage,
-        cache: KeyValues | None = None,
-        attention_mask: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n width"]:
+    def forward(self, x: Tokens, *stages: Stage, cache: KeyValues | None = None, attention_mask: Real | None = None) -> Tokens:
         """See `Mixer.forward`."""
         seen = (self.new_cache() if cache is None else cache).extend(*self.projections.split(x), attention_mask)
         read: Callable[..., Tensor] = self.mechanism or attend
-        out = read(seen.q, seen.k, seen.v, *stages, query_positions=seen.query_positions, key_positions=seen.key_positions)
+        out = read(seen.q, seen.k, seen.v, *stages, **seen.places)
         return self.projections.merge(out[:, :, -x.shape[1] :])
 
     def new_cache(self) -> KeyValues:

@@ -24,6 +24,10 @@ class _Table(Stage):
 
     table: Tensor
 
+    def given(self) -> torch.dtype:
+        """Of the table."""
+        return self.table.dtype
+
     def select(self, heads: Sequence[int]) -> Self:
         return self if self.table.shape[1] == 1 else replace(self, table=self.table[:, list(heads)])
 

@@ -36,14 +36,22 @@ def refuses(read: Read, x: Operands) -> str | None:
     if read.weights:
         names = ", ".join(type(stage).__name__ for stage in read.weights)
         return f"{names} edits weights and has no fold"
-    if x.q.is_cuda and _half(x) and (read.scoring or read.normalizer is not None):
+    if x.q.is_cuda and rounds(read, x.q.dtype):
         return "on a GPU it would round biases to half precision"
     return None
 
 
+def rounds(read: Read, dtype: torch.dtype) -> bool:
+    """Whether biases and logits would lose digits in the dtype of the queries, in which GPU kernels take them."""
+    logit = None if read.normalizer is None else read.normalizer.extra_logit()
+    wide = [stage.given() for stage in read.scoring] + ([] if logit is None else [logit.dtype])
+    return any(torch.promote_types(other or torch.float32, dtype) != dtype for other in wide)
+
+
 def shuns(read: Read, x: Operands) -> str | None:
-    """Why another backend is better: on a GPU, whatever needs a table of masks or biases that it must build."""
-    if x.q.is_cuda and not _fused(read, x) and x.q.shape[2] >= FEW:
+    """Why another backend is better: on a GPU, whatever needs a table of masks or biases that is not there yet."""
+    there = any(stage.given() is not None for stage in read.stages())
+    if x.q.is_cuda and not there and not _fused(read, x) and x.q.shape[2] >= FEW:
         what = "biases" if read.scoring else "masks" if read.mask is not None else "sinks"
         return f"it would build {what} for blocks of {BLOCK_ROWS} rows"
     return None
@@ -119,15 +127,17 @@ def _rows(read: Read, x: Operands, start: int, stop: int) -> Tensor:
     key, visible = block.key, visibility(read, block)
     attn_mask = visible
     if read.scoring:
-        bias = sum(stage.bias(block.places).to(block.dtype) for stage in read.scoring if isinstance(stage, Bias))
+        dtype = x.q.dtype if x.q.is_cuda else block.dtype  # kernels of a GPU read biases as if they were of q's dtype
+        bias = sum(stage.bias(block.places).to(dtype) for stage in read.scoring if isinstance(stage, Bias))
         attn_mask = torch.where(visible, bias, -torch.inf)  # type: ignore[arg-type]
     if read.normalizer is not None:  # a logit of its own in the denominator = one more key, with a value of zero
         logit = read.normalizer.extra_logit()
         assert logit is not None
         b, h, c, m = x.q.shape[0], x.q.shape[1], stop - start, key.shape[2]
         if not read.scoring:
-            attn_mask = torch.zeros_like(attn_mask, dtype=block.dtype).masked_fill(~visible, -torch.inf)
-        extra = logit.to(block.dtype).view(1, -1, 1, 1).expand(b, h, c, 1)
+            dtype = x.q.dtype if x.q.is_cuda else block.dtype
+            attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~visible, -torch.inf)
+        extra = logit.to(attn_mask.dtype).view(1, -1, 1, 1).expand(b, h, c, 1)
         attn_mask = torch.cat([attn_mask.expand(b, h, c, m), extra], dim=-1)
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
     if attn_mask.dim() < 4 or attn_mask.shape[-1] != key.shape[2]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...attention import attend
@@ -14,7 +14,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, Mixer, Projections, Seen, largest
+from .._mixer import Attention, KeyValues, Mixer, Projections, Real, Seen, Tokens, largest
 
 CARD = Card(
     paper="MoH: Multi-Head Attention as Mixture-of-Head Attention",
@@ -128,13 +128,7 @@ class Moh(Mixer):
         total = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).eps)
         return (1 if pair is None else 2) * part * self.active * chosen / total
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n width"],
-        *stages: Stage,
-        cache: KeyValues | None = None,
-        attention_mask: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n width"]:
+    def forward(self, x: Tokens, *stages: Stage, cache: KeyValues | None = None, attention_mask: Real | None = None) -> Tokens:
         """See `Mixer.forward`."""
         q, k, v = self.projections.split(x)
         routing = self.route(x, q)
@@ -142,7 +136,7 @@ class Moh(Mixer):
         if self.sparse:
             out = self._read_picked(seen, routing.picked, stages)
         else:
-            out = attend(seen.q, seen.k, seen.v, *stages, query_positions=seen.query_positions, key_positions=seen.key_positions)
+            out = attend(seen.q, seen.k, seen.v, *stages, **seen.places)
         return self.projections.merge(out * routing.gates.transpose(1, 2)[..., None])
 
     def _read_picked(self, seen: Seen, picked: Tensor, stages: tuple[Stage, ...]) -> Tensor:
@@ -184,7 +178,7 @@ def oracle(mixer: Moh, x: Tensor, visible: Tensor) -> Tensor:
         shares = torch.softmax(mixer.share.weight @ x[i], 0) if mixer.share is not None else None
         chances = torch.softmax(mixer.route_to.weight @ x[i], 0) if mixer.route_to is not None else None
         pair = torch.softmax(mixer.balance.weight @ x[i], 0) if mixer.balance is not None else None
-        best = sorted(range(p.heads - hs), key=lambda e: -float(chances[e]))[:k] if chances is not None else []
+        best = sorted(range(p.heads - hs), key=lambda e: -float(chances[e].detach()))[:k] if chances is not None else []
         for head in range(p.heads):
             if head < hs:
                 assert shares is not None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...attention import attend
@@ -16,7 +15,7 @@ from ...card import Card
 from ...errors import ShapeError
 from ...stages.alibi import Alibi
 from ...stages.causal import Causal
-from .._mixer import Mechanism, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
 
 CARD = Card(
     paper="Position Interpolation Improves ALiBi Extrapolation",
@@ -59,23 +58,16 @@ class AlibiPi(Mechanism):
         self.register_buffer("slopes", Alibi.geometric(heads).slopes)
         self.train_length, self.factor = train_length, factor
 
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """See `Mechanism.forward`."""
         bias: Stage
+        key_positions = places.get("key_positions")
         if self.factor is not None or key_positions is None:
             bias = Alibi(self.slopes / (self.factor or max(1.0, k.shape[2] / self.train_length)))
         else:  # texts of a batch have lengths of their own
             lengths = torch.atleast_2d(key_positions).amax(-1) + 1
             bias = _Shrunk(self.slopes, (lengths / self.train_length).clamp(min=1).expand(q.shape[0]))
-        return attend(q, k, v, *stages, bias, query_positions=query_positions, key_positions=key_positions)
+        return attend(q, k, v, *stages, bias, **places)
 
 
 def oracle(mechanism: AlibiPi, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

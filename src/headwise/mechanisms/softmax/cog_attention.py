@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Unpack
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...attention import attend, attention_weights
 from ...attention.stage import Stage
 from ...card import Card
 from ...stages.signed_softmax import SignedSoftmax
-from .._mixer import Mechanism, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
 
 CARD = Card(
     paper="More Expressive Attention with Negative Weights",
@@ -22,26 +22,16 @@ CARD = Card(
         "arXiv:2411.07176, and the authors' code: sign(s) softmax(|s|), the mask before the softmax. Their models keep plain "
         "softmax in the first and the last layer"
     ),
-    exempt={
-        "half_precision": "weights jump where a score changes its sign, and rounding changes signs near zero"
-    },
+    exempt={"half_precision": "weights jump where a score changes its sign, and rounding changes signs near zero"},
 )
 
 
 class CogAttention(Mechanism):
     """Weighs keys by sign(s) softmax(|s|), so that one head can take away what it finds as well as add it."""
 
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """See `Mechanism.forward`."""
-        return attend(q, k, v, *stages, SignedSoftmax(), query_positions=query_positions, key_positions=key_positions)
+        return attend(q, k, v, *stages, SignedSoftmax(), **places)
 
 
 def oracle(mechanism: CogAttention, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

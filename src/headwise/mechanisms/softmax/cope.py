@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...attention import attend
 from ...attention.stage import Block, RowScore, Stage
 from ...card import Card
 from ...stages.causal import Causal
-from .._mixer import Mechanism, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
 
 CARD = Card(
     paper="Contextual Position Encoding: Learning to Count What's Important",
@@ -60,18 +60,10 @@ class Cope(Mechanism):
         self.embedding = nn.Parameter(torch.zeros(positions, head_dim))
         self.divided = divided
 
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """See `Mechanism.forward`."""
-        places = ContextualPositions(self.embedding, self.divided)
-        return attend(q, k, v, *stages, places, query_positions=query_positions, key_positions=key_positions)
+        counting = ContextualPositions(self.embedding, self.divided)
+        return attend(q, k, v, *stages, counting, **places)
 
 
 def oracle(mechanism: Cope, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

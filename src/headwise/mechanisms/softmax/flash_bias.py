@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...attention import attend
@@ -15,7 +16,7 @@ from ...errors import ShapeError
 from ...stages.alibi import Alibi
 from ...stages.causal import Causal
 from ...stages.low_rank_bias import LowRankBias
-from .._mixer import Mechanism, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
 
 CARD = Card(
     paper="FlashBias: Fast Computation of Attention with Bias",
@@ -70,20 +71,12 @@ class FlashBias(Mechanism):
         query = weight[..., None] * torch.cat([2 * points, -square, -one], -1)
         return FlashBias(query, torch.cat([points, one, square], -1)[None])
 
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """See `Mechanism.forward`."""
-        if key_positions is None and k.shape[2] > self.key.shape[1]:
+        if places.get("key_positions") is None and k.shape[2] > self.key.shape[1]:
             raise ShapeError(f"there are features of {self.key.shape[1]} positions, the keys have {k.shape[2]}")
         bias = LowRankBias(self.query[None], self.key[None])
-        return attend(q, k, v, *stages, bias, query_positions=query_positions, key_positions=key_positions)
+        return attend(q, k, v, *stages, bias, **places)
 
 
 def oracle(mechanism: FlashBias, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Unpack
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...attention import attend
@@ -15,7 +15,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Mechanism, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
 
 CARD = Card(
     paper="Self-attention Does Not Need O(n^2) Memory",
@@ -40,20 +40,12 @@ class MemoryEfficient(Mechanism):
             raise ShapeError(f"chunks of {query_chunk} queries and {key_chunk} keys hold nothing; both must be at least 1")
         self.query_chunk, self.key_chunk = query_chunk, key_chunk
 
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """See `Mechanism.forward`.
 
         Raises: ShapeError for stages that need whole rows of scores.
         """
-        x = Operands.of(q, k, v, query_positions, key_positions)
+        x = Operands.of(q, k, v, **places)
         read = Read.of(stages, q.shape[-1] ** -0.5)
         check_stages(read, q.shape[1])
         if not chunked.splits(read):

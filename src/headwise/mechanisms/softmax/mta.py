@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...attention import attend
@@ -17,7 +16,7 @@ from ...attention.stage import Block, Places, RowScore, Stage, Weights
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Mechanism, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
 
 CARD = Card(
     paper="Multi-Token Attention",
@@ -130,20 +129,12 @@ class Mta(Mechanism):
             nn.init.zeros_(self.gate.bias)
         self.past_queries = (queries - 1) * (before + after)
 
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """See `Mechanism.forward`."""
         near: list[Stage] = [NearScores(self.kernel_before, self.mix_before), NearWeights(self.kernel_after, self.mix_after)]
-        if query_positions is not None:
+        if places.get("query_positions") is not None:
             near.append(_Present())
-        out = attend(q, k, v, *stages, *near, query_positions=query_positions, key_positions=key_positions)
+        out = attend(q, k, v, *stages, *near, **places)
         if self.norm is None or self.gate is None:
             return out
         wide = out.to(torch.promote_types(out.dtype, torch.float32))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Unpack
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ...attention import attend
 from ...attention.stage import Stage
 from ...card import Card
 from ...stages.relu import Relu
-from .._mixer import Mechanism, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
 
 CARD = Card(
     paper="Sparse Attention with Linear Units",
@@ -43,17 +43,9 @@ class Rela(Mechanism):
             bound = (3 / head_dim) ** 0.5
             nn.init.uniform_(self.gain, -bound, bound)
 
-    def forward(
-        self,
-        q: Float[Tensor, "b hq n d"],
-        k: Float[Tensor, "b hk m d"],
-        v: Float[Tensor, "b hk m dv"],
-        *stages: Stage,
-        query_positions: Int[Tensor, "... n"] | None = None,
-        key_positions: Int[Tensor, "... m"] | None = None,
-    ) -> Float[Tensor, "b hq n dv"]:
+    def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """See `Mechanism.forward`."""
-        out = attend(q, k, v, *stages, Relu(), query_positions=query_positions, key_positions=key_positions)
+        out = attend(q, k, v, *stages, Relu(), **places)
         wide = out.to(torch.promote_types(out.dtype, torch.float32))  # sums of squares of undivided sums are large
         normed = wide * torch.rsqrt(wide.square().mean((1, 3), keepdim=True) + EPSILON)
         normed = normed * self.gain[:, None]

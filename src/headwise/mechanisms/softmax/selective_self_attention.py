@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ...attention import attend
 from ...attention.stage import Stage
 from ...card import Card
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, Mixer, Projections, largest
+from .._mixer import Attention, KeyValues, Mixer, Projections, Real, Tokens, largest
 
 CARD = Card(
     paper="Selective Attention: Enhancing Transformer through Principled Context Control",
@@ -54,23 +53,14 @@ class SelectiveSelfAttention(Mixer):
         self.value_weight = nn.Parameter(torch.zeros(self.projections.v.out_features)) if content and values else None
         self.alpha = nn.Parameter(torch.zeros(())) if place else None
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n width"],
-        *stages: Stage,
-        cache: KeyValues | None = None,
-        attention_mask: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n width"]:
+    def forward(self, x: Tokens, *stages: Stage, cache: KeyValues | None = None, attention_mask: Real | None = None) -> Tokens:
         """See `Mixer.forward`."""
         q, k, v = self.projections.split(x)
         v = v * _content(v, self.value_weight)  # by the key's token, before it is kept
         cache = self.new_cache() if cache is None else cache
         seen = cache.extend(q, k, v, attention_mask)
         temperature = _content(q, self.query_weight) + self._place(seen.query_positions, len(cache), x)
-        out = attend(
-            q * temperature, seen.k, seen.v, *stages,
-            query_positions=seen.query_positions, key_positions=seen.key_positions,
-        )  # fmt: skip
+        out = attend(q * temperature, seen.k, seen.v, *stages, **seen.places)
         return self.projections.merge(out)
 
     def _place(self, positions: Tensor | None, total: int, x: Tensor) -> Tensor | float:
