@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from headwise import cli
-from headwise.benchmarks import _measure
+from headwise import cli, registry
+from headwise.benchmarks import _measure, attention
 from headwise.benchmarks import statistics as module
 
 
@@ -46,7 +46,7 @@ def test_bench_prints_rows_and_json(small, monkeypatch, capsys):
 def test_bench_says_what_is_wrong(monkeypatch, capsys):
     code, _, err = bench(monkeypatch, capsys, "speedy")
     assert code == 2
-    assert "there is no benchmark 'speedy'; there are: statistics" in err
+    assert "there is no benchmark 'speedy'; there are: attention, statistics" in err
     if not torch.cuda.is_available():
         code, _, err = bench(monkeypatch, capsys, "statistics", "--device", "cuda")
         assert code == 2
@@ -69,3 +69,27 @@ def test_the_median_of_repeats():
     took = _measure.milliseconds(lambda: counted.append(1), torch.device("cpu"), seconds=0.0)
     assert len(counted) == 5
     assert took >= 0
+
+
+def test_every_mechanism_has_its_rows(monkeypatch, capsys):
+    """A new file in the room of mechanisms is measured without a word more; peers that cannot run are rows too."""
+    for name in ("_edited", "_relative", "_low_rank", "_sparse", "_mechanisms"):
+        group = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda device, tokens, group=group: group(device, 64))
+    monkeypatch.setattr(_measure, "milliseconds", lambda run, device, seconds: run() is None or 2.0)
+
+    def no_flex(x, score_mod, options=None):
+        raise NotImplementedError("not here")
+
+    monkeypatch.setattr(attention, "_flexed", no_flex)
+    code, out, _ = bench(monkeypatch, capsys, "attention", "--quick", "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    for kind in ("forward", "training"):
+        measured = [row["what"] for row in rows if row["measure"] == f"mechanism, {kind}"]
+        assert measured == ["softmax attention", *registry.names("mechanism")]
+    assert all(row["milliseconds"] == 2.0 for row in rows if not row["what"].startswith("peer"))
+    refused = [row for row in rows if "Flex" in row["what"]]
+    assert [row["note"] for row in refused] == ["does not run: not here"] * 2
+    trained = next(row for row in rows if row["measure"] == "relative bias, training" and row["what"] == "relative bias")
+    assert trained["note"] == "gradients the same bits twice"
