@@ -13,7 +13,8 @@ from ..errors import ShapeError
 from .mask import And, Mask
 from .stage import Bias, Block, Normalizer, Output, RowScore, Score, Stage, Weights, softmax
 
-SWEEP_BYTES = 64 * 2**20  # of scores held at once
+SWEEP_BYTES = 8 * 2**20  # of scores held at once: about what the caches of a CPU hold
+GPU_SWEEP_BYTES = 64 * 2**20
 BLOCK_COUNT_ROWS = 256  # rows a block when costs are counted
 
 
@@ -249,11 +250,16 @@ def past_rows(read: Read) -> int:
     return sum(stage.past_rows for stage in read.stages() if isinstance(stage, RowScore | Weights))
 
 
+def sweep_bytes(x: Operands) -> int:
+    """Of scores held at once, on the device at hand."""
+    return GPU_SWEEP_BYTES if x.q.is_cuda else SWEEP_BYTES
+
+
 def row_blocks(x: Operands, rows: int | None = None) -> Iterator[tuple[int, int]]:
-    """(start, stop) of row blocks whose scores fit SWEEP_BYTES, or of `rows` rows each."""
+    """(start, stop) of row blocks whose scores fit `sweep_bytes`, or of `rows` rows each."""
     b, h, n, _ = x.q.shape
     if rows is None:
-        rows = max(16, SWEEP_BYTES // max(1, b * h * x.k.shape[2] * max(4, x.q.dtype.itemsize)))
+        rows = max(16, sweep_bytes(x) // max(1, b * h * x.k.shape[2] * max(4, x.q.dtype.itemsize)))
     for start in range(0, n, rows):
         yield start, min(start + rows, n)
 

@@ -100,7 +100,7 @@ def _measure(device: torch.device, tokens: int, runs: list[tuple[str, str, Run]]
     base: dict[str, float | None] = {}
     goals, notes = options.get("goals", {}), options.get("notes", {})
     for measure, what, run in sorted(runs, key=lambda r: r[0]):
-        seconds = 0.3 if device.type == "cuda" else 2.0
+        seconds = 0.3 if device.type == "cuda" else 1.0
         try:
             row = measured(
                 measure, what, tokens, run, device, base=base.get(measure), goal=goals.get((measure, what)),

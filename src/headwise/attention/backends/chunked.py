@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import read as sizes
 from ..read import (
     KeyIndex,
     Operands,
@@ -25,6 +24,7 @@ from ..read import (
     row_blocks,
     rows_of,
     scores,
+    sweep_bytes,
     take_keys,
 )
 from ..stage import RowScore
@@ -50,8 +50,9 @@ def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = Non
     assert x.v is not None
     v, m = x.v, x.k.shape[2]
     cuttable = splits(read)
-    if keys is None and cuttable and x.q.shape[0] * x.q.shape[1] * m * LEAST_ROWS * max(4, x.q.dtype.itemsize) > sizes.SWEEP_BYTES:
-        keys = max(256, sizes.SWEEP_BYTES // (x.q.shape[0] * x.q.shape[1] * LEAST_ROWS * max(4, x.q.dtype.itemsize)))
+    column = x.q.shape[0] * x.q.shape[1] * LEAST_ROWS * max(4, x.q.dtype.itemsize)  # bytes of a key's scores, at the least
+    if keys is None and cuttable and column * m > sweep_bytes(x):
+        keys = max(256, sweep_bytes(x) // column)
     cut = cuttable and keys is not None and keys < m
 
     def whole(start: int, stop: int) -> Tensor:
