@@ -114,6 +114,24 @@ def test_features_in_half_precision_fold_without_being_rounded(d):
     assert (attend(q, k, v, Causal(), LowRankBias(*narrow)) - exact).abs().max() <= 2 * plain.abs().max()
 
 
+def test_all_biases_fold_or_none():
+    """What is said to be folded is folded."""
+    q, k, v = tensors(n=32, m=32, dtype=torch.float32)
+    told = explain(q, k, v, Causal(), KeyBias(0, 3, 2.0), RelativeBias(torch.randn(4, 9)))
+    assert told.folds == ()
+    assert told.not_folded == ()
+
+
+def test_columns_of_each_row_beside_keys_that_all_share():
+    q = torch.randn(3, 4, 9, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 2, 9, 8, dtype=torch.float64)
+    bias = LowRankBias(*torch.randn(2, 3, 4, 9, 2, dtype=torch.float64))
+    assert explain(q, k, v, Causal(), bias).folds == ("LowRankBias = 2 columns of q and k",)
+    torch.testing.assert_close(
+        attend(q, k, v, Causal(), bias), attend(q, k, v, Causal(), bias, backend="reference"), rtol=0, atol=1e-12
+    )
+
+
 def test_order_matters_for_folds():
     """What comes before a cap cannot move behind it."""
     q, k, v = tensors()

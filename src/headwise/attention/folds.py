@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,31 +67,29 @@ def _fold_scores(read: Read, x: Operands) -> tuple[Read, Operands, list[str], li
         return read, x, folds, []
     block = block_of(x, 0, x.q.shape[2], None)
     found: list[Columns] = []
-    kept: list[str] = []
-    for stage in left:
+    said: list[str] = []
+    for stage in left:  # all of them, or none: what stays a bias needs another backend anyway
         columns = stage.columns(block, causal)  # type: ignore[union-attr]
         if columns is None:
-            return read, x, folds, kept
+            return read, x, folds, []
         if (reason := _inexact(columns, x.q.dtype)) is not None:
-            kept.append(f"{type(stage).__name__} = columns of q and k, but {reason}")
-            return read, x, folds, kept
+            return read, x, folds, [f"{type(stage).__name__} = columns of q and k, but {reason}"]
         found.append(columns)
         rank = columns.query.shape[-1]
-        folds.append(f"{type(stage).__name__} = {rank} column{'s' if rank > 1 else ''} of q and k")
-    return (
-        replace(read, scoring=(), scale=1.0 if _scales(x.q.dtype) else read.scale),
-        _widen(x, block.key, read.scale, found),
-        folds,
-        kept,
-    )
+        said.append(f"{type(stage).__name__} = {rank} column{'s' if rank > 1 else ''} of q and k")
+    scale = 1.0 if _scales(read.scale, x.q.dtype) else read.scale
+    return replace(read, scoring=(), scale=scale), _widen(x, block.key, read.scale, found), [*folds, *said], []
 
 
 def _widen(x: Operands, repeated: Tensor, scale: float, found: list[Columns]) -> Operands:
     """q and k with the columns beside them. repeated: the keys for each query head, where columns differ between those."""
     k = x.k if all(part.key.shape[1] == 1 for part in found) else repeated
     queries, keys = [part.query for part in found], [part.key for part in found]
-    q = x.q
-    if _scales(q.dtype):
+    q, v = x.q, x.v
+    if any(len(part) > len(k) for part in keys):  # keys that all rows of the batch share, with columns of their own
+        k = k.expand(len(q), -1, -1, -1)
+        v = None if v is None else v.expand(len(q), -1, -1, -1)
+    if _scales(scale, q.dtype):
         q = q * scale
     else:  # a half-precision q would be rounded by the scale, so the columns are divided by it, in two parts that add up
         wide = [part.float() / scale for part in queries]
@@ -100,13 +99,13 @@ def _widen(x: Operands, repeated: Tensor, scale: float, found: list[Columns]) ->
     spare = -(q.shape[-1] + width) % 16  # fused kernels want head sizes in eights, and are faster by sixteens
     q = torch.cat([q, *(_fit(part, q) for part in queries), q.new_zeros(1).expand(*q.shape[:3], spare)], -1)
     k = torch.cat([k, *(_fit(part, k) for part in keys), k.new_zeros(1).expand(*k.shape[:3], spare)], -1)
-    v = x.v if x.v is None or k.shape[1] == x.v.shape[1] else repeat_heads(x.v, x.groups)
+    v = v if v is None or k.shape[1] == v.shape[1] else repeat_heads(v, x.groups)
     return replace(x, q=q, k=k, v=v)
 
 
-def _scales(dtype: torch.dtype) -> bool:
-    """Whether q takes a factor without a loss that matters."""
-    return dtype not in HALF
+def _scales(scale: float, dtype: torch.dtype) -> bool:
+    """Whether q takes this factor without a loss that matters: in half precision a power of two."""
+    return dtype not in HALF or abs(math.frexp(scale)[0]) == 0.5
 
 
 def _fit(columns: Tensor, beside: Tensor) -> Tensor:
