@@ -103,7 +103,7 @@ def test_a_fold_is_used_only_where_it_is_exact():
 @pytest.mark.parametrize("d", [8, 16])  # scales of 1 / sqrt(8), which bfloat16 rounds, and 1 / 4
 def test_features_in_half_precision_fold_without_being_rounded(d):
     q, k, v = tensors(d=d, n=32, m=32, dtype=torch.bfloat16)
-    features = torch.randn(2, 1, 4, 32, 3, generator=torch.Generator().manual_seed(0))
+    features = 4 * torch.randn(2, 1, 4, 32, 3, generator=torch.Generator().manual_seed(0))
     narrow = [part.bfloat16() for part in features]
     assert explain(q, k, v, Causal(), LowRankBias(*narrow)).folds == ("LowRankBias = 3 columns of q and k",)
     told = explain(q, k, v, Causal(), LowRankBias(*features))
@@ -200,7 +200,8 @@ def test_long_rows_are_cut_by_themselves(largest, monkeypatch):
 @pytest.mark.parametrize("reach", [2, 12, 40])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("m", [13, 9])
-def test_the_gradient_of_a_learned_bias_sums_diagonals(reach, given, m):
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gradient_of_a_learned_bias_sums_diagonals(reach, given, m, causal):
     q, k, v = tensors(n=m if m < 13 else 13, m=13, grad=True)
     table = torch.randn(4, 2 * reach + 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
     n = q.shape[2]
@@ -208,10 +209,11 @@ def test_the_gradient_of_a_learned_bias_sums_diagonals(reach, given, m):
     i, j = torch.arange(13 - n, 13)[:, None], torch.arange(13)
     dense = table[:, (i - j).clamp(-reach, reach) + reach]
     scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5 + dense
-    expected = scores.masked_fill(j > i, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    expected = scores.masked_fill(causal & (j > i), -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
     wanted = grads(expected, (q, k, v, table))
+    masks = [Causal()] if causal else []
     for backend in ("sdpa", "chunked", "reference"):
-        out = attend(q, k, v, Causal(), RelativeBias(table), backend=backend, **places)
+        out = attend(q, k, v, *masks, RelativeBias(table), backend=backend, **places)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
         for mine, other in zip(grads(out, (q, k, v, table)), wanted, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-11)

@@ -152,9 +152,8 @@ class Moh(Mixer):
             most = int(there.sum(1).max())
             if not most:
                 continue
-            order = (~there).int().argsort(dim=1, stable=True)[:, :most]  # the tokens that picked it, in order, then others
+            order = (~there).int().argsort(dim=1, stable=True)[:, :most]  # the tokens that picked it, then others, whose gates are zero
             places = queries.expand(b, -1).gather(1, order)
-            places = torch.where(there.gather(1, order), places, -1)  # the others stand nowhere, and their gates are zero
             rows = seen.q[:, head].gather(1, order[..., None].expand(-1, -1, d))[:, None]
             kv = slice(head // group, head // group + 1)
             mine = [stage.select([head]) for stage in stages]
