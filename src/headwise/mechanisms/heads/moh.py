@@ -152,7 +152,7 @@ class Moh(Mixer):
             most = int(there.sum(1).max())
             if not most:
                 continue
-            order = (~there).int().argsort(dim=1, stable=True)[:, :most]  # the tokens that picked it, then others, whose gates are zero
+            order = (~there).int().argsort(dim=1, stable=True)[:, :most]  # those that picked it, then others, gated by 0
             places = queries.expand(b, -1).gather(1, order)
             rows = seen.q[:, head].gather(1, order[..., None].expand(-1, -1, d))[:, None]
             kv = slice(head // group, head // group + 1)
