@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .read import Operands, Read, block_of, repeat_heads
-from .stage import Bias, Columns, Output, Score
+from .read import Operands, Read, repeat_heads
+from .stage import Bias, Block, Columns, Output, Score
 
 HALF = (torch.bfloat16, torch.float16)
 ALLOWED = 2.0**-17  # what rounding may add to a score when a position becomes a column: that of q . k is of this size too
@@ -65,9 +65,10 @@ def _fold_scores(read: Read, x: Operands) -> tuple[Read, Operands, list[str], li
     causal = pattern is not None and pattern.causal
     if not left or not all(isinstance(stage, Bias) for stage in left):
         return read, x, folds, []
-    block = block_of(x, 0, x.q.shape[2], None)
     found: list[Columns] = []
     said: list[str] = []
+    rows, keys = (torch.arange(t.shape[2], device=t.device) for t in (x.q, x.k))
+    block = Block(x.q, x.k, rows, keys, x.query_position, x.key_position)  # columns ask for places: heads stay grouped
     for stage in left:  # all of them, or none: what stays a bias needs another backend anyway
         columns = stage.columns(block, causal)  # type: ignore[union-attr]
         if columns is None:
@@ -78,12 +79,12 @@ def _fold_scores(read: Read, x: Operands) -> tuple[Read, Operands, list[str], li
         rank = columns.query.shape[-1]
         said.append(f"{type(stage).__name__} = {rank} column{'s' if rank > 1 else ''} of q and k")
     scale = 1.0 if _scales(read.scale, x.q.dtype) else read.scale
-    return replace(read, scoring=(), scale=scale), _widen(x, block.key, read.scale, found), [*folds, *said], []
+    return replace(read, scoring=(), scale=scale), _widen(x, read.scale, found), [*folds, *said], []
 
 
-def _widen(x: Operands, repeated: Tensor, scale: float, found: list[Columns]) -> Operands:
-    """q and k with the columns beside them. repeated: the keys for each query head, where columns differ between those."""
-    k = x.k if all(part.key.shape[1] == 1 for part in found) else repeated
+def _widen(x: Operands, scale: float, found: list[Columns]) -> Operands:
+    """q and k with the columns beside them; keys are repeated for each query head where columns differ between those."""
+    k = x.k if all(part.key.shape[1] == 1 for part in found) else repeat_heads(x.k, x.groups)
     queries, keys = [part.query for part in found], [part.key for part in found]
     q, v = x.q, x.v
     if any(len(part) > len(k) for part in keys):  # keys that all rows of the batch share, with columns of their own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -46,6 +46,15 @@ class Table:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {"name": self.name, "machine": self.machine, "shapes": self.shapes, "rows": [asdict(row) for row in self.rows]}
+
+
+def collected(name: str, device: torch.device, shapes: str, rows: Iterable[Row], report: Callable[[Row], None]) -> Table:
+    """Measures row after row; `report` is given each when it is there."""
+    found = []
+    for row in rows:
+        report(row)
+        found.append(row)
+    return Table(name, machine(device), shapes, tuple(found))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..stages.entmax import Entmax
 from ..stages.low_rank_bias import LowRankBias
 from ..stages.relative_bias import RelativeBias
 from ..stages.softcap import Softcap
-from ._measure import Row, Table, machine, measured
+from ._measure import Row, Table, collected, measured
 
 CARD = Card(
     paper="Flex Attention: A Programming Model for Generating Optimized Attention Kernels",
@@ -47,11 +47,7 @@ def attention(device: torch.device, *, quick: bool = False, report: Callable[[Ro
     Args:
         quick: the shortest length only. report: is given each row when it is measured.
     """
-    rows = []
-    for row in _rows(device, quick):
-        report(row)
-        rows.append(row)
-    return Table("attention", machine(device), GPU_SHAPES if device.type == "cuda" else CPU_SHAPES, tuple(rows))
+    return collected("attention", device, GPU_SHAPES if device.type == "cuda" else CPU_SHAPES, _rows(device, quick), report)
 
 
 def _rows(device: torch.device, quick: bool) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from ..card import Card
 from ..models.capture import capture
 from ..models.subject import Subject
 from ..stages.causal import Causal
-from ._measure import Row, Table, machine, measured
+from ._measure import Row, Table, collected, measured
 
 CARD = Card(
     paper="FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
@@ -46,11 +46,7 @@ def statistics(device: torch.device, *, quick: bool = False, report: Callable[[R
     Args:
         quick: the shortest length only. report: is given each row when it is measured.
     """
-    rows = []
-    for row in _rows(device, quick):
-        report(row)
-        rows.append(row)
-    return Table("statistics", machine(device), GPU_SHAPES if device.type == "cuda" else CPU_SHAPES, tuple(rows))
+    return collected("statistics", device, GPU_SHAPES if device.type == "cuda" else CPU_SHAPES, _rows(device, quick), report)
 
 
 def _rows(device: torch.device, quick: bool) -> Iterator[Row]:

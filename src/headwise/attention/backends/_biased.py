@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...errors import BackendError, ShapeError
+from ._launch import Launch, fitting, power, readable, sixteens
 
 LOG2E = 1.4426950408889634
 PARTIAL_BYTES = 256 * 2**20  # at most, of the diagonals that a table's gradient is summed from
@@ -36,16 +36,6 @@ class Terms:
     slopes: Tensor | None = None  # (heads,): s <- s - slope * |i - j|
     table: Tensor | None = None  # (heads or 1, 2 R + 1): s <- s + table[head, clamp(i - j, -R, R) + R]
     logit: Tensor | None = None  # (heads,): one extra key with this score and a value of zero
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is cut: queries and keys of a tile, warps, and loads in flight."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
 
 
 # {kernel: {(largest head size, float32): launch}}. "forward, more": what reads places, documents or a table keeps more in
@@ -76,7 +66,7 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Launch]] = {
 
 def launch(kernel: str, d: int, exact: bool) -> Launch:
     """How a kernel is cut for heads of size d; exact: for float32."""
-    return next(found for (size, of_exact), found in LAUNCHES[kernel].items() if of_exact == exact and d <= size)
+    return fitting(LAUNCHES[kernel], d, exact)
 
 
 def biased_attention(
@@ -99,8 +89,8 @@ def biased_attention(
     if places is not None and terms.table is not None and terms.table.requires_grad and torch.is_grad_enabled():
         raise ShapeError("the gradient of a table needs queries and keys in order: leave the positions out, or detach the table")
     dv = v.shape[3]
-    if q.dtype != torch.float32:  # rows that tensor cores take whole
-        q, k, v = (F.pad(t, (0, -t.shape[3] % 16)) if t.shape[3] % 16 else t for t in (q, k, v))
+    if q.dtype != torch.float32:
+        q, k, v = (sixteens(t) for t in (q, k, v))
     out, lse = _Biased.apply(q, k, v, terms.slopes, terms.table, terms.logit, terms, places)  # type: ignore[no-untyped-call]
     return out[..., :dv], lse
 
@@ -132,25 +122,13 @@ def _integers(tensor: Tensor, q: Tensor) -> Tensor:
     return tensor.detach().to(q.device, torch.int32).contiguous()
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """With heads' numbers next to each other; Triton's interpreter, which has no bfloat16 products, gets the same in float32."""
-    tensor = tensor.detach()
-    if tensor.device.type != "cuda" and tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _power(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
 class _Call:
     """A read as the kernels take it: terms in base 2, integers as int32, and what the kernels are compiled for."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, terms: Terms, places: tuple[Tensor, Tensor] | None) -> None:
         self.terms = terms
         self.dtype = q.dtype
-        self.q, self.k, self.v = _readable(q), _readable(k), _readable(v)
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
         self.b, self.heads, self.n, self.d = q.shape
         self.kv_heads, self.m, self.dv = k.shape[1], k.shape[2], v.shape[3]
         self.exact = self.q.dtype == torch.float32
@@ -173,8 +151,8 @@ class _Call:
             "CAUSAL": terms.causal, "WINDOWED": terms.window is not None, "ALIGNED": places is None,
             "DOCUMENTS": terms.query_documents is not None, "SOFTCAP": float(terms.softcap or 0.0),
             "SLOPES": terms.slopes is not None, "TABLE": terms.table is not None,
-            "BLOCK_D": _power(self.d), "BLOCK_DV": _power(self.dv), "WHOLE_D": _power(self.d) == self.d,
-            "WHOLE_DV": _power(self.dv) == self.dv, "EXACT": self.exact,
+            "BLOCK_D": power(self.d), "BLOCK_DV": power(self.dv), "WHOLE_D": power(self.d) == self.d,
+            "WHOLE_DV": power(self.dv) == self.dv, "EXACT": self.exact,
         }  # fmt: skip
 
     def _floats(self, tensor: Tensor) -> Tensor:
@@ -232,7 +210,7 @@ class _Call:
         delta = torch.empty(self.b, self.heads, self.n, dtype=torch.float32, device=out.device)
         rows = 64 if self.dv <= 128 else 32
         delta_kernel[(-(-self.n // rows) * self.b * self.heads,)](
-            out, grad, delta, *grad.stride()[:3], self.heads, self.n, self.dv, M=rows, BLOCK_DV=_power(self.dv), num_warps=4
+            out, grad, delta, *grad.stride()[:3], self.heads, self.n, self.dv, M=rows, BLOCK_DV=power(self.dv), num_warps=4
         )
         return delta
 
@@ -333,7 +311,7 @@ class _Biased(torch.autograd.Function):
         terms: Terms = ctx.terms
         of_q, of_k, of_v, of_slopes, of_table, of_logit = ctx.needs_input_grad[:6]
         call = _Call(q, k, v, terms, ctx.places)
-        grad = _readable(grad.to(call.q.dtype))
+        grad = readable(grad.to(call.q.dtype))
         delta = call.delta(out, grad)
         dq = dk = dv = slopes = table = logit = None
         if of_k or of_v:

@@ -10,33 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...errors import ShapeError
+from ._launch import Launch, fitting, power, readable, sixteens
 
 STARTS = 8  # Newton's steps within a program's N best keys, before the first over all
 PASSES = 40  # sweeps over the keys for thresholds, at most; two to six are what it takes
 # Of a row's sum above 1, before its last step: 1.5 closes in quadratically. What is left of it is divided away.
 TOLERANCE = {1.5: 2e-5, 2.0: 2e-6}
 WIDEST = 128  # head size
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How kernels are cut: queries and keys of a tile, warps, loads in flight, and registers at most."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What Triton's compiler is told."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 # {kernel: {(largest head size, float32): launch}}. "queries" has the tiles of "forward", which says which of them hold weight;
@@ -50,7 +34,7 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Launch]] = {
 
 def launch(kernel: str, d: int, exact: bool) -> Launch:
     """How a kernel is cut for heads of size d; exact: for float32."""
-    return next(found for (size, of_exact), found in LAUNCHES[kernel].items() if of_exact == exact and d <= size)
+    return fitting(LAUNCHES[kernel], d, exact)
 
 
 def entmax_attention(
@@ -74,7 +58,7 @@ def entmax_attention(
     if scale < 0:  # the largest product must be that of the largest score
         q, scale = -q, -scale
     dv = v.shape[3]
-    q, k, v = (F.pad(t, (0, -t.shape[3] % 16)) if t.shape[3] % 16 else t for t in (q, k, v))  # rows that tensor cores take whole
+    q, k, v = (sixteens(t) for t in (q, k, v))
     out: Tensor = _Entmax.apply(q, k, v, _Setting(alpha, float(scale), causal, window, sink))  # type: ignore[no-untyped-call]
     return out[..., :dv]
 
@@ -101,7 +85,7 @@ class _Setting:
         d, dv = q.shape[3], v.shape[3]
         return {
             "SQUARE": self.alpha == 1.5, "CAUSAL": self.causal, "WINDOWED": self.window is not None, "M": cut.m, "N": cut.n,
-            "BLOCK_D": _power(d), "BLOCK_DV": _power(dv), "WHOLE_D": _power(d) == d, "WHOLE_DV": _power(dv) == dv,
+            "BLOCK_D": power(d), "BLOCK_DV": power(dv), "WHOLE_D": power(d) == d, "WHOLE_DV": power(dv) == dv,
             "EXACT": q.dtype == torch.float32, "STAGES": cut.stages, **cut.options,
         }  # fmt: skip
 
@@ -110,7 +94,7 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, setting: _Setting) -> Tensor:
         ctx.setting, ctx.made = setting, (q.dtype, k.dtype, v.dtype)
-        q, k, v = _readable(q), _readable(k), _readable(v)
+        q, k, v = readable(q), readable(k), readable(v)
         out, top, tau, live = _rows(q, k, v, setting)
         ctx.save_for_backward(q, k, v, top, tau, live)
         return out.to(ctx.made[2])
@@ -122,7 +106,7 @@ class _Entmax(torch.autograd.Function):
 
         q, k, v, top, tau, live = ctx.saved_tensors
         setting: _Setting = ctx.setting
-        of_out = _readable(of_out)
+        of_out = readable(of_out)
         (b, heads, _, d), (kv_heads, m, dv) = q.shape, v.shape[1:]
         exact = q.dtype == torch.float32
         of_q, of_k, of_v = (t.new_zeros(t.shape) for t in (q, k, v))  # in order, whatever the order of q, k and v
@@ -172,15 +156,3 @@ def _lists(live: Tensor, count: int) -> Tensor:
     """Scratch for numbers of tiles."""
     small = max(live.shape[1:]) < 2**15
     return torch.empty(max(count, 1), dtype=torch.int16 if small else torch.int32, device=live.device)
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """With heads' numbers next to each other; Triton's interpreter, which has no bfloat16 products, gets the same in float32."""
-    tensor = tensor.detach()
-    if not tensor.is_cuda and tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _power(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())

@@ -19,7 +19,6 @@ from ..read import (
     apply_outputs,
     block_of,
     needed_keys,
-    past_rows,
     repeat_heads,
     row_blocks,
     rows_of,
@@ -28,6 +27,7 @@ from ..read import (
     take_keys,
 )
 from ..stage import RowScore
+from . import edits_weights, not_softmax
 
 LEAST_ROWS = 16  # rows of a block, below which keys are cut instead
 
@@ -53,7 +53,8 @@ def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = Non
     column = x.q.shape[0] * x.q.shape[1] * LEAST_ROWS * max(4, x.q.dtype.itemsize)  # bytes of a key's scores, at the least
     if keys is None and cuttable and column * m > sweep_bytes(x):
         keys = max(256, sweep_bytes(x) // column)
-    cut = cuttable and keys is not None and keys < m
+    if not cuttable or (keys is not None and keys >= m):
+        keys = None
 
     def whole(start: int, stop: int) -> Tensor:
         part = rows_of(read, x, start, stop)
@@ -65,7 +66,7 @@ def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = Non
 
     parts = []
     for start, stop in row_blocks(x, rows):
-        if cut and keys is not None:
+        if keys is not None:
             chunks = [saved(_chunk, read, x, start, stop, part) for part in _chunks(read, x, start, stop, keys)]
             parts.append(_merge(read, chunks).to(v.dtype))
         else:
@@ -75,8 +76,8 @@ def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = Non
 
 def splits(read: Read) -> bool:
     """Whether a row can be read in pieces: a softmax whose scores know nothing of the rest of their row."""
-    plain = read.normalizer is None or read.normalizer.extra_logit() is not None
-    return plain and not read.weights and not any(isinstance(stage, RowScore) for stage in read.scoring) and not past_rows(read)
+    apart = not any(isinstance(stage, RowScore) for stage in read.scoring)
+    return apart and not_softmax(read) is None and edits_weights(read) is None
 
 
 def _chunks(read: Read, x: Operands, start: int, stop: int, keys: int) -> list[KeyIndex]:
@@ -92,14 +93,9 @@ def _chunk(read: Read, x: Operands, start: int, stop: int, keys: KeyIndex) -> tu
     block = block_of(x, start, stop, keys)
     s = scores(read, block)
     top = s.detach().amax(-1, keepdim=True)
-    top = torch.where(top.isinf(), 0.0, top)  # a chunk that is all masked adds nothing, and no NaN
-    e = torch.exp(s - top)
+    e = torch.exp(s - torch.where(top.isinf(), 0.0, top))  # a chunk that is all masked adds nothing, and no NaN
     values = repeat_heads(take_keys(x.v, keys), x.groups)
-    return (
-        torch.matmul(e, values.to(e.dtype)),
-        e.sum(-1, keepdim=True),
-        top.masked_fill(~(s.detach() > -torch.inf).any(-1, True), -torch.inf),
-    )
+    return torch.matmul(e, values.to(e.dtype)), e.sum(-1, keepdim=True), top
 
 
 def _merge(read: Read, chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

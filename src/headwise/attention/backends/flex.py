@@ -18,9 +18,9 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from ..mask import Mask, Tiles
 from ..read import Operands, Read, apply_outputs
 from ..stage import Bias, Places, RowScore, Score, Stage
+from . import FEW, edits_weights, not_softmax
 
 TILE = 128
-FEW = 16  # queries, below which the kernel's tiles are mostly empty
 KEPT = 64  # block masks
 COMPILED = 256  # kinds of read, in one process
 _masks: OrderedDict[tuple[Any, ...], BlockMask] = OrderedDict()
@@ -31,10 +31,8 @@ def refuses(read: Read, x: Operands) -> str | None:
     for stage in read.scoring:
         if isinstance(stage, RowScore):
             return f"{type(stage).__name__} needs whole rows of scores"
-    if read.normalizer is not None and read.normalizer.extra_logit() is None:
-        return f"{type(read.normalizer).__name__} is no softmax"
-    if read.weights:
-        return f"{', '.join(type(stage).__name__ for stage in read.weights)} edits weights and has no fold"
+    if (reason := not_softmax(read) or edits_weights(read)) is not None:
+        return reason
     if x.q.dtype == torch.float64:
         return "it knows no float64"
     if x.v is not None and min(x.q.shape[-1], x.v.shape[-1]) < 16:

@@ -12,8 +12,9 @@ from ..kernels import interpreted, missing
 from ..mask import Pattern, documents_at
 from ..read import Operands, Read, apply_outputs
 from ..stage import Bias, Score
+from . import FEW, edits_weights
 
-FEW, LONG = 16, 16384  # so few queries against so many keys leave most of the GPU idle: one program a head
+LONG = 16384  # few queries against so many keys leave most of the GPU idle: one program a head
 WIDEST = 256  # head size
 
 
@@ -36,8 +37,8 @@ def refuses(read: Read, x: Operands) -> str | None:
         return f"it knows bfloat16, float16 and float32, not {str(x.q.dtype).removeprefix('torch.')}"
     if read.mask is not None and read.mask.pattern() is None:
         return f"the mask {read.mask} has no simple form"
-    if read.weights:
-        return f"{', '.join(type(stage).__name__ for stage in read.weights)} edits weights and has no fold"
+    if (reason := edits_weights(read)) is not None:
+        return reason
     if x.v is not None and max(x.q.shape[-1], x.v.shape[-1]) > WIDEST:
         return f"heads of {max(x.q.shape[-1], x.v.shape[-1])} numbers are too wide; it takes up to {WIDEST}"
     scoring = _scoring(read)

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..read import Operands, Read, apply_outputs, block_of, needed_keys, reachable_pairs, repeat_heads, take_keys, visibility
 from ..stage import Bias
+from . import FEW, edits_weights, not_softmax
 
 BLOCK_ROWS = 256
-FEW = 16  # queries, below which the tiles of other kernels are mostly empty
 MASK_ELEMENTS = 2**25  # a larger mask is built a block of rows at a time
 CUDNN_QUERIES = 1024  # on Hopper, from how many queries on cuDNN's kernel is the faster one
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -31,11 +31,8 @@ def refuses(read: Read, x: Operands) -> str | None:
     for stage in read.scoring:
         if not isinstance(stage, Bias):
             return f"{type(stage).__name__} changes scores by more than adding to them"
-    if read.normalizer is not None and read.normalizer.extra_logit() is None:
-        return f"{type(read.normalizer).__name__} is no softmax"
-    if read.weights:
-        names = ", ".join(type(stage).__name__ for stage in read.weights)
-        return f"{names} edits weights and has no fold"
+    if (reason := not_softmax(read) or edits_weights(read)) is not None:
+        return reason
     if x.q.is_cuda and rounds(read, x.q.dtype):
         return "on a GPU it would round biases to half precision"
     return None
