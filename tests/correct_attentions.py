@@ -142,9 +142,7 @@ def function_oracle(function, q, k, v, visible):
     rows = []
     for head in range(len(q)):
         scores = q[head] @ k[head // group].T / q.shape[-1] ** 0.5
-        rows.append(
-            torch.stack([row[seen].softmax(0) @ v[head // group][seen] for row, seen in zip(scores, visible, strict=True)])
-        )
+        rows.append(torch.stack([row[seen].softmax(0) @ v[head // group][seen] for row, seen in zip(scores, visible, strict=True)]))
     return torch.stack(rows)
 
 

@@ -1,5 +1,7 @@
 """How queries read keys (mechanisms), and whole token-mixing modules built around them (mixers)."""
 
-from ._mixer import Attention, KeyValues, Mechanism, Mixer, Positions, Projections, Seen
+from ._caches import Cache, KeyValues, Seen
+from ._mixer import Attention, Mechanism, Mixer, Positions, Projections
+from ._rotary import Rotary
 
-__all__ = ["Attention", "KeyValues", "Mechanism", "Mixer", "Positions", "Projections", "Seen"]
+__all__ = ["Attention", "Cache", "KeyValues", "Mechanism", "Mixer", "Positions", "Projections", "Rotary", "Seen"]

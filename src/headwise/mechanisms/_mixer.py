@@ -1,18 +1,19 @@
-"""What every mechanism and mixer is, and the parts that mixers are built from: projections, and what is kept of past tokens."""
+"""What every mechanism and mixer is, and the parts that mixers are built from."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, TypedDict, Unpack
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypedDict, Unpack
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..attention import attend
 from ..attention.stage import Stage
 from ..errors import ShapeError
+from ._caches import Cache, KeyValues
+from ._rotary import Rotary
 
 Queries: TypeAlias = Float[Tensor, "b hq n d"]
 Keys: TypeAlias = Float[Tensor, "b hk m d"]
@@ -38,87 +39,37 @@ class Mechanism(nn.Module, ABC):
     """How queries read keys and values.
 
     past_queries: how many queries before the first new one its reading needs (0 for all that read row by row); a mixer
-    then keeps them and gives them along, as the first rows of q.
+        then keeps them and gives them along, as the first rows of q.
+    positional: tells places apart itself, so that queries and keys are not rotated for it.
+    cannot: what it can't do, each with the reason in words: "causal", "full" (reading both sides), "padding", "decode".
     """
 
     past_queries: int = 0
+    positional: bool = False
+    cannot: Mapping[str, str] = {}
 
     @abstractmethod
     def forward(self, q: Queries, k: Keys, v: Values, *stages: Stage, **places: Unpack[Positions]) -> Outputs:
         """Reads as `headwise.attend` does, with the same conventions; `stages` are the caller's, such as Causal()."""
 
 
-class Seen(NamedTuple):
-    """Tensors of a read: new queries (after the past ones that were asked for), all keys and values, and their places."""
+class Mixer(nn.Module, ABC):
+    """A token-mixing module with its own projections: x (b, n, width) -> (b, n, width).
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    query_positions: Tensor | None
-    key_positions: Tensor | None
-
-    @property
-    def places(self) -> Positions:
-        """The positions, as arguments."""
-        return Positions(query_positions=self.query_positions, key_positions=self.key_positions)
-
-
-class KeyValues:
-    """What a mixer keeps of the tokens it has read: keys, values, places, and the last queries if its mechanism asks.
-
-    Padding keeps its slot, with a place of -1 that nobody reads; places count tokens only.
+    rotary: rotates queries and keys by their places, if its reading is a product of queries and keys and `rotates`; None for
+        no rotation, as it is built.
+    follows: reads what another layer has kept; its caches are made of that layer's.
+    cannot: what it can't do, each with the reason in words: "causal", "full" (reading both sides), "padding", "decode".
     """
 
-    def __init__(self, past_queries: int = 0) -> None:
-        self.past_queries = past_queries
-        self.q: Tensor | None = None
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-        self.positions: Tensor | None = None  # (b, m); None while there was no padding
-
-    def __len__(self) -> int:
-        return 0 if self.k is None else self.k.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in (self.q, self.k, self.v) if t is not None)
-
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Real | None = None) -> Seen:
-        """Adds new tokens and returns what they may read. attention_mask: 0 at those that are padding."""
-        places = self._places(k, attention_mask)
-        if self.k is not None and self.v is not None:
-            k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
-        if self.past_queries and self.q is not None:
-            q = torch.cat([self.q, q], 2)
-        self.k, self.v, self.positions = k, v, places
-        if self.past_queries:
-            self.q = q[:, :, -self.past_queries :]
-        own = None if places is None else places[:, places.shape[1] - q.shape[2] :]
-        return Seen(q, k, v, own, places)
-
-    def _places(self, k: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-        """(b, m) places after the new tokens; None while nothing is padding."""
-        if attention_mask is None and self.positions is None:
-            return None
-        b, n, before = k.shape[0], k.shape[2], len(self)
-        if attention_mask is None:
-            attention_mask = torch.ones(b, n, dtype=torch.bool, device=k.device)
-        if attention_mask.shape != (b, n):
-            raise ShapeError(f"attention_mask is {tuple(attention_mask.shape)}, the new tokens are (batch, tokens) = {(b, n)}")
-        there = attention_mask.bool()
-        past = torch.arange(before, device=k.device).expand(b, -1) if self.positions is None else self.positions
-        counted = (past >= 0).sum(1, keepdim=True) + there.cumsum(1) - 1
-        return torch.cat([past, torch.where(there, counted, -1)], 1)
-
-
-class Mixer(nn.Module, ABC):
-    """A token-mixing module with its own projections: x (b, n, width) -> (b, n, width)."""
-
     width: int
+    rotates: bool = False
+    rotary: Rotary | None = None
+    follows: bool = False
+    cannot: Mapping[str, str] = {}
 
     @abstractmethod
-    def forward(self, x: Tokens, *stages: Stage, cache: KeyValues | None = None, attention_mask: Real | None = None) -> Tokens:
+    def forward(self, x: Tokens, *stages: Stage, cache: Any = None, attention_mask: Real | None = None) -> Tokens:
         """Mixes tokens.
 
         stages: masks and the like, such as Causal(). cache: what was kept of earlier tokens, from `new_cache`; it is
@@ -126,8 +77,8 @@ class Mixer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def new_cache(self) -> KeyValues:
-        """An empty cache for decoding."""
+    def new_cache(self, owner: Cache | None = None) -> Cache:
+        """An empty cache for decoding. owner: the cache of the layer that it follows, if it `follows` one."""
 
 
 class Projections(nn.Module):
@@ -164,7 +115,7 @@ class Attention(Mixer):
 
     Args:
         heads: query heads. kv_heads: key/value heads; fewer than `heads` are shared by groups. head_dim: default width / heads.
-        mechanism: a `Mechanism`, or any function called as `headwise.attend` is.
+        mechanism: a `Mechanism`, or any function called as `headwise.attend` is. rotary: rotates queries and keys.
     """
 
     def __init__(
@@ -176,19 +127,23 @@ class Attention(Mixer):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
+        rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         self.width = width
         self.projections = Projections(width, heads, kv_heads, head_dim, bias)
         self.mechanism = mechanism
+        self.rotary = rotary
+        self.rotates = not getattr(mechanism, "positional", False)
+        self.cannot = getattr(mechanism, "cannot", self.cannot)
 
     def forward(self, x: Tokens, *stages: Stage, cache: KeyValues | None = None, attention_mask: Real | None = None) -> Tokens:
         """See `Mixer.forward`."""
-        seen = (self.new_cache() if cache is None else cache).extend(*self.projections.split(x), attention_mask)
+        seen = (self.new_cache() if cache is None else cache).extend(*self.projections.split(x), attention_mask, self.rotary)
         read: Callable[..., Tensor] = self.mechanism or attend
         out = read(seen.q, seen.k, seen.v, *stages, **seen.places)
         return self.projections.merge(out[:, :, -x.shape[1] :])
 
-    def new_cache(self) -> KeyValues:
+    def new_cache(self, owner: Cache | None = None) -> KeyValues:
         """An empty cache for decoding."""
-        return KeyValues(self.mechanism.past_queries if self.mechanism is not None else 0)
+        return KeyValues(getattr(self.mechanism, "past_queries", 0))

@@ -49,7 +49,6 @@ class Reading:
             query_positions=self.query_positions, key_positions=self.key_positions,
         )  # fmt: skip
 
-
     def simplified(self, known: Found) -> Reading:
         """The same reading with a table of the model's said in stages and positions, where that can be: fast sweeps know those."""
         tables = [stage for stage in self.stages if isinstance(stage, DenseMask)]

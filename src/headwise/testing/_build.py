@@ -116,9 +116,7 @@ def construct(kind: type[nn.Module]) -> list[tuple[str, nn.Module]]:
             f"cannot build {named}({', '.join(signature)}): {', '.join(unknown)} {'is no' if len(unknown) == 1 else 'are no'} "
             f"well-known name, as embed_dim, num_heads, head_dim, num_kv_heads, dropout and is_causal are; {ADVICE}"
         )
-    options = {
-        n: VALUES[n] for n, p in signature.items() if n in VALUES and (n in OPTIONAL or p.default is p.empty or "drop" in n)
-    }
+    options = {n: VALUES[n] for n, p in signature.items() if n in VALUES and (n in OPTIONAL or p.default is p.empty or "drop" in n)}
     shared = next((n for n in KV_NAMES if n in signature), None)
     settings = [{}] if shared is None else [{shared: HEADS}, {shared: HEADS // 2}]
     for n in ("config", "cfg", "args"):

@@ -44,9 +44,7 @@ def way(causal: bool) -> str:
     return "causal" if causal else "reading both sides"
 
 
-def tokens(
-    runner: Runner, b: int = 2, n: int = N, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0
-) -> Tensor:
+def tokens(runner: Runner, b: int = 2, n: int = N, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
     """Random tokens (b, n, width)."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(b, n, runner.width, generator=generator, dtype=torch.float64)).to(dtype)

@@ -230,9 +230,7 @@ class ModuleRunner(Runner):
             leaks = not torch.equal(self.run(x)[:, :1], self.run(other)[:, :1])
         if declared is False or (leaks and declared is None and not word and self.cache is None):
             told = (
-                f"says {FLAGS[0]} = False"
-                if declared is False
-                else "no argument, attribute, name or cache says that it is causal"
+                f"says {FLAGS[0]} = False" if declared is False else "no argument, attribute, name or cache says that it is causal"
             )
             self.cannot["causal"] = f"reads both sides, and {told}"
         else:

@@ -73,6 +73,7 @@ class MixerRunner(Runner):
 
     def __init__(self, module: Mixer, about: str = "", kernel: Any = None) -> None:
         super().__init__(module, module.width, about)
+        self.cannot |= module.cannot
         self.kernel = kernel
         if isinstance(kernel, Function):
             self.cannot |= kernel.cannot

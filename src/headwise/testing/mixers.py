@@ -184,9 +184,7 @@ def check_causality(item: Item) -> None:
             leaf = x.clone().requires_grad_()
             grad = torch.autograd.grad(runner.run(leaf, causal=True)[:, :at].square().sum(), leaf)[0]
             late = grad[:, at:].abs().amax((0, 2)).nonzero().flatten().tolist()
-            require(
-                not late, f"{runner.about}: a gradient from before position {at} reaches token {at + late[0] if late else ''}"
-            )
+            require(not late, f"{runner.about}: a gradient from before position {at} reaches token {at + late[0] if late else ''}")
 
     each(item, body)
 
@@ -206,9 +204,7 @@ def check_decode(item: Item) -> None:
         for how, sizes in plans.items():
             with torch.no_grad():
                 out = runner.decode(x, sizes)
-            require(
-                out.shape == whole.shape, f"{runner.about}: decoded {how}, it returns {tuple(out.shape)} for {tuple(x.shape)}"
-            )
+            require(out.shape == whole.shape, f"{runner.about}: decoded {how}, it returns {tuple(out.shape)} for {tuple(x.shape)}")
             wrong = first_position(out, whole, 10 * allowed)
             by = apart(out, whole)
             require(
@@ -234,9 +230,7 @@ def check_batch(item: Item) -> None:
             )
             alone = torch.cat([run(runner, x[i : i + 1], causal=causal) for i in range(3)])
             by = apart(alone, out)
-            require(
-                by <= allowed, f"{runner.about}: a row alone differs from the same row in a batch by {by:.2g} ({way(causal)})"
-            )
+            require(by <= allowed, f"{runner.about}: a row alone differs from the same row in a batch by {by:.2g} ({way(causal)})")
 
     each(item, body)
 

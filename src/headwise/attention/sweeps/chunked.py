@@ -21,6 +21,7 @@ def run(
     read: Read, x: Operands, statistics: Sequence[Statistic], output: bool, rows: int | None = None
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The output (b, h, n, dv) before output stages, or None, and every statistic. Memory O(n x rows), backward too."""
+
     def block(start: int, stop: int) -> list[Tensor]:
         part = rows_of(read, x, start, stop)
         sweep = Sweep(part.scores, part.weights, part.log_normalizer, part.block)

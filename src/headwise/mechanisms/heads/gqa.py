@@ -11,7 +11,8 @@ from torch import Tensor
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, largest
+from .._caches import KeyValues
+from .._mixer import Attention, largest
 
 CARD = Card(
     paper="GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
@@ -75,6 +76,11 @@ def oracle(mixer: Attention, x: Tensor, visible: Tensor) -> Tensor:
 def examples(heads: int, size: int) -> list[Attention]:
     """Settings that the conformance checks run."""
     return [gqa(heads * size, heads, heads // 2), gqa(heads * size, heads, heads)]
+
+
+def sized(heads: int, size: int, tokens: int, **options: Any) -> Attention:
+    """Four query heads share a key/value head, where there are as many."""
+    return gqa(heads * size, heads, **{"kv_heads": max(1, heads // 4), **options})
 
 
 def identities() -> Iterator[tuple[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,8 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, Mixer, Projections, Real, Seen, Tokens, largest
+from .._caches import Cache, KeyValues, Seen
+from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest
 
 CARD = Card(
     paper="MoH: Multi-Head Attention as Mixture-of-Head Attention",
@@ -57,6 +59,8 @@ class Moh(Mixer):
         scale: "code" or "paper", see the card. router: "learned", or "norm": the routed heads with the longest queries, gates
             of one. sparse: read only where a head was picked, instead of everywhere and gating.
     """
+
+    rotates = True
 
     def __init__(
         self,
@@ -132,7 +136,7 @@ class Moh(Mixer):
         """See `Mixer.forward`."""
         q, k, v = self.projections.split(x)
         routing = self.route(x, q)
-        seen = (self.new_cache() if cache is None else cache).extend(q, k, v, attention_mask)
+        seen = (self.new_cache() if cache is None else cache).extend(q, k, v, attention_mask, self.rotary)
         if self.sparse:
             out = self._read_picked(seen, routing.picked, stages)
         else:
@@ -161,7 +165,7 @@ class Moh(Mixer):
             out[:, head] = out[:, head].scatter(1, order[..., None].expand_as(read[:, 0]), read[:, 0])
         return out
 
-    def new_cache(self) -> KeyValues:
+    def new_cache(self, owner: Cache | None = None) -> KeyValues:
         """An empty cache for decoding: all heads', for later tokens may pick any."""
         return KeyValues()
 
@@ -207,9 +211,9 @@ def examples(heads: int, size: int) -> list[Moh]:
     ]
 
 
-def sized(heads: int, size: int, tokens: int) -> Moh:
+def sized(heads: int, size: int, tokens: int, **options: Any) -> Moh:
     """Three quarters of the heads active, as in the paper."""
-    return Moh(heads * size, heads, heads // 2, heads // 4)
+    return Moh(heads * size, heads, **{"shared": heads // 2, "active": heads // 4, **options})
 
 
 def identities() -> Iterator[tuple[str, float]]:

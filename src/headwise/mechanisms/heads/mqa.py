@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...card import Card
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, largest
+from .._caches import KeyValues
+from .._mixer import Attention, largest
 
 CARD = Card(
     paper="Fast Transformer Decoding: One Write-Head is All You Need",
@@ -46,6 +47,11 @@ def oracle(mixer: Attention, x: Tensor, visible: Tensor) -> Tensor:
 def examples(heads: int, size: int) -> list[Attention]:
     """Settings that the conformance checks run."""
     return [mqa(heads * size, heads)]
+
+
+def sized(heads: int, size: int, tokens: int, **options: Any) -> Attention:
+    """It has no settings of its own."""
+    return mqa(heads * size, heads, **options)
 
 
 def identities() -> Iterator[tuple[str, float]]:

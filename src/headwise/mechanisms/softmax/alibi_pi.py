@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class AlibiPi(Mechanism):
 
     slopes: Tensor
 
+    positional = True
+
     def __init__(self, heads: int, train_length: int, factor: float | None = None) -> None:
         super().__init__()
         if factor is not None and factor < 1:
@@ -89,6 +91,11 @@ def oracle(mechanism: AlibiPi, q: Tensor, k: Tensor, v: Tensor, visible: Tensor)
 def examples(heads: int, size: int) -> list[AlibiPi]:
     """Settings that the conformance checks run; the dynamic one stays within its length, where decoding is exact."""
     return [AlibiPi(heads, 16, factor=2.5), AlibiPi(heads, 512)]
+
+
+def sized(heads: int, size: int, tokens: int, **options: Any) -> AlibiPi:
+    """For a text that is as long as those of training."""
+    return AlibiPi(heads, **{"train_length": tokens, **options})
 
 
 def identities() -> Iterator[tuple[str, float]]:

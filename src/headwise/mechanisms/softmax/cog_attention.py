@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ def oracle(mechanism: CogAttention, q: Tensor, k: Tensor, v: Tensor, visible: Te
 def examples(heads: int, size: int) -> list[CogAttention]:
     """Settings that the conformance checks run."""
     return [CogAttention()]
+
+
+def sized(heads: int, size: int, tokens: int, **options: Any) -> CogAttention:
+    """It has no settings."""
+    return CogAttention(**options)
 
 
 def identities() -> Iterator[tuple[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class Cope(Mechanism):
         divided: whether q . e is divided by sqrt(d), as the authors' code does.
     """
 
+    positional = True
+
     def __init__(self, head_dim: int, positions: int, *, divided: bool = True) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.zeros(positions, head_dim))
@@ -100,9 +102,9 @@ def _filled(size: int, positions: int, *, divided: bool = True) -> Cope:
     return made
 
 
-def sized(heads: int, size: int, tokens: int) -> Cope:
+def sized(heads: int, size: int, tokens: int, **options: Any) -> Cope:
     """With 64 positions."""
-    return _filled(size, 64)
+    return Cope(size, **{"positions": 64, **options})
 
 
 def neutral(heads: int, size: int) -> list[Cope]:

@@ -101,10 +101,10 @@ def examples(heads: int, size: int) -> list[FlashBias]:
     return [FlashBias.of_table(table, rank=3), FlashBias.squared_distance(points, torch.rand(heads, 128, generator=generator))]
 
 
-def sized(heads: int, size: int, tokens: int) -> FlashBias:
+def sized(heads: int, size: int, tokens: int, rank: int = 8) -> FlashBias:
     """One for a text of so many tokens."""
     generator = torch.Generator().manual_seed(0)
-    return FlashBias(*torch.randn(2, heads, tokens, 8, generator=generator))
+    return FlashBias(*torch.randn(2, heads, tokens, rank, generator=generator))
 
 
 def neutral(heads: int, size: int) -> list[FlashBias]:

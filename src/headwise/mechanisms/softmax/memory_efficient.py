@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -76,9 +76,9 @@ def examples(heads: int, size: int) -> list[MemoryEfficient]:
     return [MemoryEfficient(17, 9), MemoryEfficient()]
 
 
-def sized(heads: int, size: int, tokens: int) -> MemoryEfficient:
+def sized(heads: int, size: int, tokens: int, **options: Any) -> MemoryEfficient:
     """The paper's chunks."""
-    return MemoryEfficient()
+    return MemoryEfficient(**options)
 
 
 def neutral(heads: int, size: int) -> list[MemoryEfficient]:

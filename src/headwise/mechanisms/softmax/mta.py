@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -202,9 +202,9 @@ def _random(made: Mta) -> Mta:
     return made
 
 
-def sized(heads: int, size: int, tokens: int) -> Mta:
+def sized(heads: int, size: int, tokens: int, **options: Any) -> Mta:
     """The paper's sizes."""
-    return Mta(heads, size)
+    return Mta(heads, size, **options)
 
 
 def neutral(heads: int, size: int) -> list[Mta]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,11 @@ def oracle(mechanism: Rela, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) ->
 def examples(heads: int, size: int) -> list[Rela]:
     """Settings that the conformance checks run."""
     return [Rela(heads, size), Rela(heads, size, gated=False)]
+
+
+def sized(heads: int, size: int, tokens: int, **options: Any) -> Rela:
+    """The gated form of the authors' code."""
+    return Rela(heads, size, **options)
 
 
 def identities() -> Iterator[tuple[str, float]]:

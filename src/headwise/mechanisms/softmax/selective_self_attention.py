@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from ...attention import attend
 from ...attention.stage import Stage
 from ...card import Card
 from ...stages.causal import Causal
-from .._mixer import Attention, KeyValues, Mixer, Projections, Real, Tokens, largest
+from .._caches import Cache, KeyValues
+from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest
 
 CARD = Card(
     paper="Selective Attention: Enhancing Transformer through Principled Context Control",
@@ -34,6 +36,8 @@ class SelectiveSelfAttention(Mixer):
         heads, kv_heads, head_dim: as for `Attention`. content: whether tokens choose (f); place: whether places do; values:
             whether values have a temperature too.
     """
+
+    rotates = True
 
     def __init__(
         self,
@@ -58,9 +62,9 @@ class SelectiveSelfAttention(Mixer):
         q, k, v = self.projections.split(x)
         v = v * _content(v, self.value_weight)  # by the key's token, before it is kept
         cache = self.new_cache() if cache is None else cache
-        seen = cache.extend(q, k, v, attention_mask)
+        seen = cache.extend(q, k, v, attention_mask, self.rotary)
         temperature = _content(q, self.query_weight) + self._place(seen.query_positions, len(cache), x)
-        out = attend(q * temperature, seen.k, seen.v, *stages, **seen.places)
+        out = attend(seen.q * temperature, seen.k, seen.v, *stages, **seen.places)
         return self.projections.merge(out)
 
     def _place(self, positions: Tensor | None, total: int, x: Tensor) -> Tensor | float:
@@ -71,7 +75,7 @@ class SelectiveSelfAttention(Mixer):
             positions = torch.arange(total - x.shape[1], total, device=x.device)[None]
         return torch.sigmoid(self.alpha) * (positions.clamp(min=0)[:, None, :, None] + 1).to(x).log()
 
-    def new_cache(self) -> KeyValues:
+    def new_cache(self, owner: Cache | None = None) -> KeyValues:
         """An empty cache for decoding; it keeps values as they are read, with their temperature."""
         return KeyValues()
 
@@ -126,6 +130,11 @@ def examples(heads: int, size: int) -> list[SelectiveSelfAttention]:
         for weight in (w for mixer in made for w in (mixer.query_weight, mixer.value_weight) if w is not None):
             weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.5)
     return made
+
+
+def sized(heads: int, size: int, tokens: int, **options: Any) -> SelectiveSelfAttention:
+    """All three of its parts."""
+    return SelectiveSelfAttention(heads * size, heads, **options)
 
 
 def neutral(heads: int, size: int) -> list[SelectiveSelfAttention]:

@@ -1,0 +1,139 @@
+"""What mixers keep of the tokens that they have read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from ._rotary import Rotary
+
+if TYPE_CHECKING:
+    from ._mixer import Positions, Real
+
+
+class Cache(ABC):
+    """What one mixer keeps of the tokens it has read. `len` is how many those were, padding included."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def tensors(self) -> Iterable[Tensor | None]:
+        """All that it holds itself."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: of the storages behind its tensors, each once."""
+        storages = [t.untyped_storage() for t in self.tensors() if t is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Seen(NamedTuple):
+    """Tensors of a read: new queries (after the past ones that were asked for), all keys and values, and their places."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+
+    @property
+    def places(self) -> Positions:
+        """The positions, as arguments."""
+        return {"query_positions": self.query_positions, "key_positions": self.key_positions}
+
+
+class KeyValues(Cache):
+    """Keys, values, places, and the last queries if a mechanism asks.
+
+    Padding keeps its slot, with a place of -1 that nobody reads; places count tokens only.
+
+    Args:
+        past_queries: how many queries before the new ones are kept and given along.
+        last: keep the last so many tokens only, which is all that a window of that size reads; None to keep all.
+    """
+
+    def __init__(self, past_queries: int = 0, last: int | None = None) -> None:
+        self.past_queries, self.last = past_queries, last
+        self.q: Tensor | None = None
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.positions: Tensor | None = None  # (b, slots) of the slots kept; None while a slot's place is its number
+        self.total = 0
+        self.followed = False  # whether other layers read what this one reads
+        self.seen: Seen | None = None  # the last read, if so
+        self._counted: Tensor | None = None  # (b, 1) tokens so far, without padding
+
+    def __len__(self) -> int:
+        return self.total
+
+    def tensors(self) -> Iterable[Tensor | None]:
+        """See `Cache.tensors`."""
+        return (self.q, self.k, self.v)
+
+    def places_of_next(self, like: Tensor, attention_mask: Real | None = None) -> Tensor | None:
+        """(b, n) places that the next tokens will have, for tensors (b, ..., n, d) like this one; -1 at padding.
+
+        None while nothing was padding: they are then `len(self)`, `len(self)` + 1, ...
+        """
+        b, n = like.shape[0], like.shape[-2]
+        if attention_mask is not None and attention_mask.shape != (b, n):
+            raise ShapeError(f"attention_mask is {tuple(attention_mask.shape)}, the new tokens are (batch, tokens) = {(b, n)}")
+        if attention_mask is None and self.positions is None:
+            return None
+        there = torch.ones(b, n, dtype=torch.bool, device=like.device) if attention_mask is None else attention_mask.bool()
+        counted = torch.full((b, 1), self.total, device=like.device) if self._counted is None else self._counted
+        return torch.where(there, counted + there.cumsum(1) - 1, -1)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Real | None = None, rotary: Rotary | None = None) -> Seen:
+        """Adds new tokens and returns what they may read.
+
+        attention_mask (b, n): 0 at those that are padding. rotary: turns the new queries and keys by their places first.
+        """
+        n = k.shape[2]
+        new_places = own = self.places_of_next(k, attention_mask)
+        if rotary is not None:
+            at = torch.arange(self.total, self.total + n, device=k.device) if own is None else own.clamp(min=0)
+            q, k = rotary(q, at), rotary(k, at)
+        places = own
+        if self.k is not None and self.v is not None:
+            if own is not None:
+                places = torch.cat([self._kept_places(k), own], 1)
+            k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+        if self.past_queries and self.q is not None:
+            q = torch.cat([self.q, q], 2)
+        if own is not None and places is not None:
+            own = places[:, places.shape[1] - q.shape[2] :]
+        seen = Seen(q, k, v, own, places)
+        self.total += n
+        if new_places is not None:
+            before = torch.full((len(k), 1), self.total - n, device=k.device) if self._counted is None else self._counted
+            self._counted = torch.maximum(before, new_places.amax(1, keepdim=True) + 1)
+        self._keep(seen)
+        return seen
+
+    def _kept_places(self, like: Tensor) -> Tensor:
+        """(b, slots) places of what is kept."""
+        assert self.k is not None
+        if self.positions is not None:
+            return self.positions
+        kept = self.k.shape[2]
+        return torch.arange(self.total - kept, self.total, device=like.device).expand(like.shape[0], -1)
+
+    def _keep(self, seen: Seen) -> None:
+        self.k, self.v, self.positions = seen.k, seen.v, seen.key_positions
+        self.seen = seen if self.followed else None
+        if self.past_queries:
+            self.q = seen.q[:, :, -self.past_queries :].clone()
+        slots = seen.k.shape[2]
+        if self.last is not None and slots > self.last:
+            first = slots - self.last
+            if self.positions is None:
+                self.positions = torch.arange(self.total - slots, self.total, device=seen.k.device).expand(len(seen.k), -1)
+            self.k, self.v = seen.k[:, :, first:].clone(), seen.v[:, :, first:].clone()  # so that the rest is freed
+            self.positions = self.positions[:, first:].clone()
