@@ -55,11 +55,12 @@ class KeyValues(Cache):
 
     Args:
         past_queries: how many queries before the new ones are kept and given along.
-        last: keep the last so many tokens only, which is all that a window of that size reads; None to keep all.
+        first, last: keep only so many tokens at the beginning and before the next one, which is all that masks of sinks and
+            windows let it read. last is None to keep all.
     """
 
-    def __init__(self, past_queries: int = 0, last: int | None = None) -> None:
-        self.past_queries, self.last = past_queries, last
+    def __init__(self, past_queries: int = 0, *, first: int = 0, last: int | None = None) -> None:
+        self.past_queries, self.first, self.last = past_queries, first, last
         self.q: Tensor | None = None
         self.k: Tensor | None = None
         self.v: Tensor | None = None
@@ -131,9 +132,12 @@ class KeyValues(Cache):
         if self.past_queries:
             self.q = seen.q[:, :, -self.past_queries :].clone()
         slots = seen.k.shape[2]
-        if self.last is not None and slots > self.last:
-            first = slots - self.last
-            if self.positions is None:
-                self.positions = torch.arange(self.total - slots, self.total, device=seen.k.device).expand(len(seen.k), -1)
-            self.k, self.v = seen.k[:, :, first:].clone(), seen.v[:, :, first:].clone()  # so that the rest is freed
-            self.positions = self.positions[:, first:].clone()
+        if self.last is None or slots <= max(self.first + self.last, self.past_queries):
+            return
+        if self.positions is None:
+            self.positions = torch.arange(self.total - slots, self.total, device=seen.k.device).expand(len(seen.k), -1)
+        ends = self.positions.amax(1, keepdim=True) if self._counted is None else self._counted - 1
+        wanted = (self.positions > ends - self.last) | ((self.positions >= 0) & (self.positions < self.first))
+        wanted = wanted.any(0)
+        wanted[slots - self.past_queries :] = True
+        self.k, self.v, self.positions = seen.k[:, :, wanted], seen.v[:, :, wanted], self.positions[:, wanted]
