@@ -22,9 +22,10 @@ FLOORS = (
     {"attention"},
     {"stages"},
     {"mechanisms", "caches", "zoo"},
+    {"nn"},
     {"models"},
     {"probes", "plans", "conversions"},
-    {"tasks", "parallel"},
+    {"tasks", "parallel", "training"},
     {"report", "testing", "benchmarks"},
     {"cli"},
 )

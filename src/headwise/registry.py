@@ -20,6 +20,7 @@ from .errors import RegistryError
 ROOMS = {
     "stage": ("stages",),
     "mechanism": ("mechanisms/softmax", "mechanisms/heads"),
+    "architecture": ("nn/architectures",),
     "probe": ("probes",),
     "recipe": ("plans/recipes",),
     "task": ("tasks",),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -15,6 +17,7 @@ from .model import CONFIG, FORMAT, LanguageModel
 from .transformer import Transformer
 
 PLAIN = "transformer"
+Make = TypeVar("Make", bound=Callable[..., LanguageModel])
 
 
 def build(architecture: str, /, *sizes: int, **options: Any) -> LanguageModel:
@@ -26,15 +29,26 @@ def build(architecture: str, /, *sizes: int, **options: Any) -> LanguageModel:
     """
     make = Transformer if architecture == PLAIN else registry.load("architecture", architecture)
     try:
-        given = inspect.signature(make).bind(*sizes, **options)
+        inspect.signature(make).bind(*sizes, **options)
     except TypeError as error:
         raise RegistryError(f"{architecture} can't be built: {error}; it takes {inspect.signature(make)}") from error
-    model: LanguageModel = make(*given.args, **given.kwargs)
-    if architecture != PLAIN:
-        flat = {**given.arguments, **given.arguments.get("options", {})}
-        flat.pop("options", None)
-        model.config = {"architecture": architecture, **flat}
+    model: LanguageModel = make(*sizes, **options)
     return model
+
+
+def named(make: Make) -> Make:
+    """Lets models of a function remember its name and arguments, so that they can be saved and built again."""
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def making(*args: Any, **options: Any) -> LanguageModel:
+        given = signature.bind(*args, **options).arguments
+        model = make(*args, **options)
+        model.config = {"architecture": make.__name__, **given, **given.get("options", {})}
+        model.config.pop("options", None)
+        return model
+
+    return cast(Make, making)
 
 
 def from_pretrained(folder: str | Path) -> LanguageModel:

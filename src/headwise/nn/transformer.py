@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,8 +21,6 @@ from .feedforward import GatedMlp, default_hidden
 from .mixers import PLAIN, Specs, mixer, specs
 from .model import Caches, LanguageModel
 from .residual import Residual, Sum
-
-FAR = 1 << 30
 
 
 class Block(nn.Module):
@@ -175,6 +174,23 @@ class Transformer(LanguageModel):
             raise InputError(f"a text of {int(places.max()) + 1} tokens; positions are learned up to {self.context}")
         return x + self.places(places)
 
+    def changed(self, change: Callable[[int, Mixer], Mixer]) -> Transformer:
+        """A copy in which each block's mixer is what `change(block, mixer)` makes of it; its rotary embedding goes along."""
+        made = copy.deepcopy(self)
+        given = []
+        for index, block in enumerate(made.blocks):
+            old = cast(Mixer, block.mixer)
+            new = change(index, old)
+            if new.width != self.width:
+                raise ShapeError(f"the new mixer of block {index} has width {new.width}, the stack {self.width}")
+            if new is not old and new.rotates and old.rotates:
+                new.rotary = old.rotary
+            block.mixer = new.train(self.training)
+            given.append(self.config["mixer"][index] if new is old else _told(new))
+        made.config = {**self.config, "mixer": given}
+        made._check_follows()
+        return made
+
     def new_caches(self) -> Caches:
         """See `LanguageModel.new_caches`. Layers with a window keep no more than that; those that follow keep less or nothing."""
         layers: list[Any] = []
@@ -201,8 +217,7 @@ def kept(stages: Sequence[Stage]) -> tuple[int, int | None]:
     joined = masks[0]
     for mask in masks[1:]:
         joined = joined & mask
-    intervals = joined.reach(FAR, FAR)
-    first = intervals[0][1] + 1 if intervals[0][0] == 0 else 0
-    if first > FAR or len(intervals) > 2 or (len(intervals) == 2 and intervals[0][0] != 0):
+    pattern = joined.pattern()
+    if pattern is None or pattern.window is None:
         return 0, None
-    return first, FAR + 1 - intervals[-1][0]
+    return pattern.sink, pattern.window

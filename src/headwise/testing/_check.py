@@ -23,6 +23,7 @@ MODULES = {
     "recipe": "recipes",
     "task": "tasks",
     "mechanism": "mixers",
+    "architecture": "architectures",
     "mixer": "mixers",
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attend
+from ..mechanisms import Rotary
 from ..stages.causal import Causal
 from ._build import built_anew, instances
 from ._check import Item, Skipped, require
@@ -243,6 +244,27 @@ def check_left_padding(item: Item) -> None:
 def check_right_padding(item: Item) -> None:
     """Padding on the right changes nothing at real tokens, whatever it holds."""
     each(item, lambda runner: require_padding_kept_out(runner, left=False))
+
+
+def check_rotary(item: Item) -> None:
+    """With a rotary embedding it reads otherwise, decodes as in one pass, and sees distances only: padding changes nothing."""
+
+    def body(runner: Runner) -> None:
+        if not getattr(runner.module, "rotates", False):
+            raise Skipped("does not rotate queries and keys")
+        x = tokens(runner)
+        turned = runner.around(copy.deepcopy(runner.module))
+        turned.module.rotary = Rotary(100.0)  # type: ignore[assignment]
+        by = apart(run(turned, x), run(runner, x))
+        require(by > 1e-6, f"{runner.about}: says that it rotates, and a rotary embedding changes nothing")
+        if "decode" not in runner.cannot and "causal" not in runner.cannot:
+            with torch.no_grad():
+                by = apart(turned.decode(x, [3, 1, 8, 5, 2, 14, 7]), run(turned, x, causal=True))
+            require(by <= 10 * tolerance(runner), f"{runner.about}: with a rotary embedding cached decode is off by {by:.2g}")
+        if "padding" not in runner.cannot:
+            require_padding_kept_out(turned, left=True)
+
+    each(item, body)
 
 
 def check_masked_rows(item: Item) -> None:
