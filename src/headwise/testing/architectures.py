@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..nn import Caches, LanguageModel, from_pretrained
-from ._check import Item, require
+from ._check import Item, Skipped, require
 
 N = 40  # more than 32, where many kernels begin another block
 PIECES = (7, 1, 1, 9, 2, 1, 14, 1, 4)
@@ -48,6 +48,17 @@ def _run(model: LanguageModel, ids: Tensor, **options: Any) -> Tensor:
 
 def _causal(model: LanguageModel) -> bool:
     return bool(getattr(model, "causal", True))
+
+
+def _decoders(item: Item) -> list[Example]:
+    """The examples that read backwards only.
+
+    Raises: Skipped if there is none.
+    """
+    found = [example for example in _examples(item) if _causal(example.model)]
+    if not found:
+        raise Skipped("reads both sides, so it keeps nothing and generates nothing")
+    return found
 
 
 def _decode(model: LanguageModel, ids: Tensor, pieces: tuple[int, ...], mask: Tensor | None = None) -> tuple[Tensor, Caches]:
@@ -114,9 +125,7 @@ def check_causality(item: Item) -> None:
 
 def check_decode(item: Item) -> None:
     """With its caches, token by token and in pieces, the logits are those of one pass."""
-    for model, about in _examples(item):
-        if not _causal(model):
-            continue
+    for model, about in _decoders(item):
         ids = _ids(model)
         whole = _run(model, ids)
         allowed = 1e-10 * max(1.0, float(whole.abs().max()))
@@ -155,9 +164,7 @@ def check_padding(item: Item) -> None:
 def check_bytes(item: Item) -> None:
     """Its caches hold just the numbers that the paper's layout asks for, by the storages behind their tensors."""
     require(hasattr(item.module, "kept"), "its module has no kept(model, tokens)")
-    for model, about in _examples(item):
-        if not _causal(model):
-            continue
+    for model, about in _decoders(item):
         for pieces in ((N,), (20,) + (1,) * 11):
             tokens = sum(pieces)
             held = _decode(model, _ids(model, 1, tokens), pieces)[1].nbytes / 8
@@ -178,9 +185,7 @@ def check_saved(item: Item) -> None:
 
 def check_generate(item: Item) -> None:
     """Generation gives the likeliest tokens of full passes, in a batch behind left padding too."""
-    for model, about in _examples(item):
-        if not _causal(model):
-            continue
+    for model, about in _decoders(item):
         ids, mask = _ids(model, 2, 12), torch.ones(2, 12, dtype=torch.bool)
         mask[1, :5] = False
         made = model.generate(ids, 8, attention_mask=mask)
