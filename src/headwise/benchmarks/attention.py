@@ -258,20 +258,18 @@ def _mechanisms(device: torch.device, tokens: int, heads: int = 8, size: int = 6
     made = {"softmax attention": Attention(heads * size, heads)}
     for name in registry.names("mechanism"):
         module = importlib.import_module(registry.load("mechanism", name).__module__)
-        sized = getattr(module, "sized", None)
-        one = sized(heads, size, tokens) if sized else module.examples(heads, size)[0]
+        one = module.sized(heads, size, tokens)
         made[name] = Attention(heads * size, heads, one) if isinstance(one, Mechanism) else one
     x = torch.randn(1, tokens, heads * size, device=device, dtype=dtype)
-    causal: Stage = Causal()
     runs: list[tuple[str, str, Run]] = []
     for name, mixer in made.items():
         mixer.to(device=device, dtype=dtype)
-        runs += _mixed(name, mixer, x, causal)
+        runs += _mixed(name, mixer, x, () if "causal" in mixer.cannot else (Causal(),))
     yield from _measure(device, tokens, runs)
 
 
-def _mixed(name: str, mixer: Any, x: Tensor, causal: Stage) -> list[tuple[str, str, Run]]:
-    read = partial(mixer, x, causal)
+def _mixed(name: str, mixer: Any, x: Tensor, stages: tuple[Stage, ...]) -> list[tuple[str, str, Run]]:
+    read = partial(mixer, x, *stages)
     parameters = tuple(p for p in mixer.parameters() if p.requires_grad)
 
     def forward() -> Tensor:

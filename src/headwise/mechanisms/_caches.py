@@ -127,7 +127,7 @@ class KeyValues(Cache):
         return torch.arange(self.total - kept, self.total, device=like.device).expand(like.shape[0], -1)
 
     def _keep(self, seen: Seen) -> None:
-        self.k, self.v, self.positions = seen.k, seen.v, seen.key_positions
+        self.k, self.v, self.positions = _alone(seen.k), _alone(seen.v), seen.key_positions
         self.seen = seen if self.followed else None
         if self.past_queries:
             self.q = seen.q[:, :, -self.past_queries :].clone()
@@ -141,3 +141,9 @@ class KeyValues(Cache):
         wanted = wanted.any(0)
         wanted[slots - self.past_queries :] = True
         self.k, self.v, self.positions = seen.k[:, :, wanted], seen.v[:, :, wanted], self.positions[:, wanted]
+
+
+def _alone(x: Tensor) -> Tensor:
+    """x, copied if it is a part of something larger that it would keep alive (a fused projection); not in training."""
+    part = x.untyped_storage().nbytes() > x.numel() * x.element_size()
+    return x.clone() if part and not x.requires_grad else x

@@ -116,6 +116,7 @@ class Transformer(LanguageModel):
             stages = () if window is None else (Window(window),)
             self.blocks.append(Block(made, GatedMlp(width, inner) if inner else None, stages=stages, epsilon=epsilon))
         self._check_follows()
+        self._check_directions()
         self.residual: Residual = Sum() if residual is None else residual
         if residual is not None:
             self.config["residual"] = {"module": type(residual).__name__}
@@ -126,6 +127,15 @@ class Transformer(LanguageModel):
         """Each layer's number and block, in the order in which they run."""
         for depth, index in enumerate(self.order):
             yield depth, cast(Block, self.blocks[index])
+
+    def _check_directions(self) -> None:
+        way, words = ("causal", "causally") if self.causal else ("full", "both sides")
+        for depth, block in self.layers():
+            if way in block.mixer.cannot:
+                why = block.mixer.cannot[way]
+                raise ShapeError(
+                    f"layer {depth}'s mixer, {type(block.mixer).__name__}, can't read {words}: {why}; set causal={not self.causal}"
+                )
 
     def _check_follows(self) -> None:
         for depth, block in self.layers():
@@ -189,6 +199,7 @@ class Transformer(LanguageModel):
             given.append(self.config["mixer"][index] if new is old else _told(new))
         made.config = {**self.config, "mixer": given}
         made._check_follows()
+        made._check_directions()
         return made
 
     def new_caches(self) -> Caches:
