@@ -24,10 +24,10 @@ FORMAT = "headwise.nn 1"
 class Caches:
     """What a model keeps of the tokens it has read: one cache for each layer, and how many tokens those were.
 
-    layers: None for layers that keep nothing of their own.
+    layers: None for those that keep nothing, because they read both sides.
     """
 
-    def __init__(self, layers: Sequence[Cache]) -> None:
+    def __init__(self, layers: Sequence[Cache | None]) -> None:
         self.layers = list(layers)
         self.counted: Tensor | None = None  # (b, 1) tokens without padding; None while there was none
         self.total = 0
@@ -38,7 +38,7 @@ class Caches:
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers together."""
-        return sum(cache.nbytes for cache in self.layers)
+        return sum(cache.nbytes for cache in self.layers if cache is not None)
 
     def advance(self, ids: Tensor, attention_mask: Tensor | None) -> Int[Tensor, "b n"] | None:
         """Counts new tokens and returns their places, 0 at padding; None while nothing was padding."""

@@ -207,6 +207,9 @@ class Transformer(LanguageModel):
         layers: list[Any] = []
         for depth, block in self.layers():
             owner = self.follows.get(depth)
+            if "decode" in block.mixer.cannot:
+                layers.append(None)
+                continue
             cache = block.mixer.new_cache(None if owner is None else layers[owner])
             if isinstance(cache, KeyValues) and self.causal:
                 cache.first, cache.last = kept(block.stages)
