@@ -269,6 +269,8 @@ def test_what_does_not_fit_is_refused():
         ({"mixer": lambda _: KeyFollower(32, 4)}, "must be told in `follows`"),
         ({"follows": {1: 0}}, "keeps what it reads itself"),
         ({"mixer": lambda i: KeyFollower(32, 4) if i < 1 else Attention(32, 4), "follows": {0: 1}}, "does not come before it"),
+        ({**CASES["followed window"], "windows": [6, 6, 7]}, "layer 2 reads 7 tokens back, and layer 1, which it follows, keeps 6"),
+        ({**CASES["followed window"], "windows": [6, None, 6]}, "layer 1 reads all tokens back"),
         ({"order": [0, 3]}, "names blocks that are not there"),
         ({"windows": [3]}, "1 entries for 3 layers"),
         ({"positions": "alibi"}, "must be 'rotary', 'learned' or 'none'"),

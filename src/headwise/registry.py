@@ -24,6 +24,7 @@ ROOMS = {
     "probe": ("probes",),
     "recipe": ("plans/recipes",),
     "task": ("tasks",),
+    "problem": ("training/problems",),
     "benchmark": ("benchmarks",),
 }
 

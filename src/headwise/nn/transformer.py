@@ -143,8 +143,15 @@ class Transformer(LanguageModel):
             if mixer.follows != (owner is not None):
                 told = "must be told in `follows`" if mixer.follows else "keeps what it reads itself"
                 raise ShapeError(f"layer {depth}'s mixer, {type(mixer).__name__}, {told}; follows is {self.follows}")
-            if owner is not None and not 0 <= owner < depth:
+            if owner is None:
+                continue
+            if not 0 <= owner < depth:
                 raise ShapeError(f"layer {depth} can't follow layer {owner}, which does not come before it")
+            theirs, own = (kept(b.stages)[1] for b in (cast(Block, self.blocks[self.order[owner]]), block))
+            if theirs is not None and (own is None or own > theirs):
+                raise ShapeError(
+                    f"layer {depth} reads {own or 'all'} tokens back, and layer {owner}, which it follows, keeps {theirs}"
+                )
 
     def forward(
         self, ids: Int[Tensor, "b n"], *, caches: Caches | None = None, attention_mask: Bool[Tensor, "b n"] | None = None
@@ -160,7 +167,7 @@ class Transformer(LanguageModel):
         self, ids: Int[Tensor, "b n"], *, caches: Caches | None = None, attention_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n width"]:
         """What the last layer says of each token, normed: all of `forward` but the logits."""
-        caches = self.new_caches() if caches is None else caches
+        caches = self._caches_of_one_pass() if caches is None else caches
         start = len(caches)
         places = caches.advance(ids, attention_mask)
         stream = self.residual(self._embed(ids, places, start))
@@ -183,6 +190,14 @@ class Transformer(LanguageModel):
         if int(places.max()) >= self.context:
             raise InputError(f"a text of {int(places.max()) + 1} tokens; positions are learned up to {self.context}")
         return x + self.places(places)
+
+    def _caches_of_one_pass(self) -> Caches:
+        """Caches that keep all, for nothing is read after the pass: what windows hide need not be found out and let go."""
+        caches = self.new_caches()
+        for cache in caches.layers:
+            if isinstance(cache, KeyValues):
+                cache.first, cache.last = 0, None
+        return caches
 
     def changed(self, change: Callable[[int, Mixer], Mixer]) -> Transformer:
         """A copy in which each block's mixer is what `change(block, mixer)` makes of it; its rotary embedding goes along."""

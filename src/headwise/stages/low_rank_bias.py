@@ -55,9 +55,12 @@ class LowRankBias(Bias):
         if places.row.dim():
             return _at(query, i.flatten(1)) @ _at(key, j.flatten(1)).transpose(-1, -2)
         batch, head = places.batch, places.head
-        own = query[batch * int(len(query) > 1), head * int(query.shape[1] > 1), i]
-        theirs = key[batch * int(len(key) > 1), head * int(key.shape[1] > 1), j]
-        return (own * theirs).sum(-1)
+        own = batch * int(len(query) > 1), head * int(query.shape[1] > 1), i
+        theirs = batch * int(len(key) > 1), head * int(key.shape[1] > 1), j
+        total = query[(*own, 0)] * key[(*theirs, 0)]
+        for r in range(1, query.shape[-1]):  # feature by feature: a compiled score holds no vectors
+            total = total + query[(*own, r)] * key[(*theirs, r)]
+        return total
 
     def columns(self, block: Block, causal: bool) -> Columns:
         own = _at(self.query, (block.query_position - self.first).clamp(min=0))

@@ -165,6 +165,8 @@ def maps_of(module: nn.Module) -> Maps:
         if q not in linear or v not in linear:
             continue
         heads = _number(module, HEAD_NAMES) or HEADS
+        if any(linear[each].in_features != linear[name].in_features for each in (q, v)):
+            continue
         size = linear[q].out_features // heads
         out = next((prefix + n for n in OUT_NAMES if prefix + n in linear), None)
         return Maps(q, name, v, out, heads, linear[name].out_features // size, size)
@@ -179,11 +181,13 @@ def _number(module: nn.Module, names: Sequence[str]) -> int | None:
 def plain_twin(runner: Runner) -> Attention:
     """Plain softmax attention with the runner's own projections.
 
-    Raises: Skipped if its linear maps are not recognised.
+    Raises: Skipped if its linear maps are not recognised, or do not read the whole width.
     """
     module = runner.module
     own = getattr(module, "projections", None)
     maps = maps_of(module)
+    if module.get_submodule(maps.q).in_features != runner.width:
+        raise Skipped("its linear maps read only a part of the width")
     twin = Attention(runner.width, maps.heads, kv_heads=maps.kv_heads, head_dim=maps.size)
     if isinstance(own, Projections):
         twin.projections = own

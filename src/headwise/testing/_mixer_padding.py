@@ -20,7 +20,8 @@ def _padded(runner: Runner, left: bool, fill: float, causal: bool) -> tuple[Tens
     for row, pad in enumerate(PADS):
         real[row, slice(0, pad) if left else slice(N - pad, N)] = False
     alone = [run(runner, x[row][real[row]][None], causal=causal)[0] for row in range(len(PADS))]
-    return x.masked_fill(~real[..., None], fill), real, alone
+    noise = fill * (1 + torch.randn(x.shape, generator=torch.Generator().manual_seed(10), dtype=x.dtype))
+    return torch.where(real[..., None], x, noise), real, alone  # no constant: a norm over channels would take that out
 
 
 def require_padding_kept_out(runner: Runner, left: bool) -> None:
@@ -56,7 +57,20 @@ def _require_poison_kept_out(runner: Runner, left: bool, causal: bool, allowed: 
         out = runner.kernel(q, k, v, *stages, query_positions=places, key_positions=places)[:, :, ~empty]
     by = apart(out, alone)
     size = "to NaN" if by == torch.inf else f"by {by:.2g}"
+    _require_poison_kept_from_gradients(runner, (q, k, v), places, stages, empty)
     require(by <= allowed, f"{runner.about}: NaN in keys and values of empty slots changes the output {size} ({way(causal)})")
+
+
+def _require_poison_kept_from_gradients(
+    runner: Runner, tensors: tuple[Tensor, ...], places: Tensor, stages: tuple[Causal, ...], empty: Tensor
+) -> None:
+    q, k, v = (t.detach().requires_grad_() for t in tensors)
+    out = runner.kernel(q, k, v, *stages, query_positions=places, key_positions=places)[:, :, ~empty]
+    trained = [p for p in runner.kernel.parameters() if p.requires_grad] if isinstance(runner.kernel, torch.nn.Module) else []
+    grads = torch.autograd.grad(out.square().sum(), [q, k, v, *trained], allow_unused=True)
+    clean = all(g is None or bool(g[:, :, ~empty].isfinite().all()) for g in grads[:3])
+    clean = clean and all(g is None or bool(g.isfinite().all()) for g in grads[3:])
+    require(clean, f"{runner.about}: NaN in keys and values of empty slots reaches gradients")
 
 
 def _require_same(runner: Runner, out: Tensor, real: Tensor, alone: list[Tensor], allowed: float, what: str) -> None:

@@ -212,4 +212,4 @@ def check_identities(item: Item) -> None:
     told = list(item.module.identities())
     require(bool(told), "identities() gives none")
     for words, by in told:
-        require(float(by) < 1e-9, f"{words}: off by {float(by):.2g}")
+        require(abs(float(by)) < 1e-9, f"{words}: off by {float(by):.2g}")

@@ -337,7 +337,7 @@ def check_identities(item: Item) -> None:
     told = list(tell())
     require(bool(told), "identities() gives none")
     for words, by in told:
-        require(float(by) < 1e-9, f"{words}: off by {float(by):.2g}")
+        require(abs(float(by)) < 1e-9, f"{words}: off by {float(by):.2g}")
 
 
 def check_half_precision(item: Item) -> None:

@@ -13,6 +13,10 @@ from ..model import LanguageModel
 from ..transformer import Block, Transformer
 
 KEPT = ("context", "hidden", "positions", "base", "windows", "causal", "tied", "epsilon")
+# options far from the defaults, for identities: a conversion keeps them all
+ODD: dict[str, Any] = {
+    "context": 9, "hidden": [24, 0, 40], "base": 30.0, "windows": [5, None, 3], "causal": False, "tied": False, "epsilon": 0.1,
+}  # fmt: skip
 
 
 class Plain(NamedTuple):

@@ -106,7 +106,7 @@ class ShaDecoder(LanguageModel):
         *,
         context: int,
         attend: Sequence[int],
-        hidden: int,
+        hidden: Sequence[int],
         memory: int | None,
     ) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class ShaDecoder(LanguageModel):
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=0.1 * width**-0.5)
         self.blocks = nn.ModuleList(
-            ShaBlock(width, hidden, Sha(width, memory=memory) if layer in attend else None) for layer in range(layers)
+            ShaBlock(width, hidden[layer], Sha(width, memory=memory) if layer in attend else None) for layer in range(layers)
         )
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
@@ -152,19 +152,22 @@ def sha_rnn(
     *,
     context: int = 1024,
     attend: Sequence[int] | None = None,
-    hidden: int | None = None,
+    hidden: int | Sequence[int] | None = None,
     memory: int | None = 5000,
 ) -> ShaDecoder:
     """A recurrent decoder with one head of attention, whose cache is a state and, for one layer, one vector a token.
 
     Args:
-        heads: not used, there is one. attend: the layers with attention; the last but one by default. hidden: of Boom, a multiple
-            of the width; four times it by default. memory: how many tokens attention reads back, None for all.
+        heads: not used, there is one. attend: the layers with attention; the last but one by default. hidden: of Boom, in all
+            layers or in each, a multiple of the width; four times it by default. memory: how many tokens attention reads back, None for all.
 
     Raises: ShapeError for a layer that is not there, or a hidden width that is no multiple.
     """
     attend = [max(0, layers - 2)] if attend is None else list(attend)
     hidden = 4 * width if hidden is None else hidden
+    hidden = [hidden] * layers if isinstance(hidden, int) else list(hidden)
+    if len(hidden) != layers:
+        raise ShapeError(f"{len(hidden)} hidden widths for {layers} layers")
     return ShaDecoder(vocabulary, width, layers, context=context, attend=attend, hidden=hidden, memory=memory)
 
 
