@@ -1,4 +1,4 @@
-"""The command: headwise scan | view | plan | eval | generate | bench | list | check."""
+"""The command: headwise scan | view | plan | eval | generate | train | bench | list | check."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from . import registry
 from .errors import HeadwiseError, InputError, PlanError, RegistryError
+from .training.command import train_command
 from .version import __version__
 
 app = typer.Typer(
@@ -274,6 +275,9 @@ def generate(
     print(f"[{len(new)} tokens in {seconds:.2f} s, cache {size / 1024:,.0f} KiB]", file=sys.stderr)
 
 
+app.command(name="train")(train_command)
+
+
 @app.command(name="list")
 def list_(
     kind: Annotated[Optional[str], typer.Option(help=f"One of: {', '.join(registry.kinds())}.", show_default=False)] = None,  # noqa: UP045
@@ -334,7 +338,7 @@ def check(
     if bool(names) == everything:
         raise RegistryError("give names, or --all for everything; your own as module:object, such as a stage or an attention")
     sys.path.insert(0, "")  # so that module:object finds a file beside the user
-    items = _check.everything() if everything else [_check.find(name) for name in names or []]
+    items = _check.everything() if everything else [item for name in names or [] for item in _check.find(name)]
     rows, wrong = [], 0
     for item in items:
         results = list(_check.check(item))

@@ -142,8 +142,8 @@ class WeightFollower(Mixer):
         v = cache.extend(self.v(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2))
         if seen.q.shape[1] != self.heads or seen.k.shape[1:3] != v.shape[1:3]:
             raise ShapeError(
-                f"values {tuple(v.shape)} of {self.heads} heads do not fit the other layer's queries {tuple(seen.q.shape)} and keys "
-                f"{tuple(seen.k.shape)}"
+                f"values {tuple(v.shape)} of {self.heads} heads do not fit the other layer's queries {tuple(seen.q.shape)} and "
+                f"keys {tuple(seen.k.shape)}"
             )
         out = attend(seen.q, seen.k, v, *stages, **seen.places)[:, :, -x.shape[1] :]
         made: Tokens = self.out(out.transpose(1, 2).flatten(2))

@@ -104,10 +104,10 @@ class Transformer(LanguageModel):
             "follows": dict(self.follows), "order": self.order, "causal": causal, "tied": tied, "epsilon": epsilon,
         }  # fmt: skip
         self.embedding = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)  # shorter rows drown in what the first layer adds
         self.places = nn.Embedding(context, width) if positions == "learned" else None
         if self.places is not None:
-            nn.init.normal_(self.places.weight, std=0.02)
+            nn.init.normal_(self.places.weight, std=width**-0.5)
         self.blocks = nn.ModuleList()
         for spec, window, inner in zip(given, windows, hiddens, strict=True):
             made = _mixer(spec, width, heads, context)

@@ -22,6 +22,7 @@ MODULES = {
     "probe": "probes",
     "recipe": "recipes",
     "task": "tasks",
+    "problem": "problems",
     "mechanism": "mixers",
     "architecture": "architectures",
     "mixer": "mixers",
@@ -98,8 +99,8 @@ def _listed() -> list[str]:
     return [kind for kind in MODULES if kind in registry.kinds()]
 
 
-def find(name: str) -> Item:
-    """An item by its registered name, or one of the user's own by `module:object`.
+def find(name: str) -> list[Item]:
+    """The items of a registered name, one of each kind that has it; or one of the user's own by `module:object`.
 
     Raises: RegistryError if there is none, or it is nothing that can be checked.
     """
@@ -107,14 +108,14 @@ def find(name: str) -> Item:
         found = [registered(kind, item) for kind in _listed() for item in registry.names(kind) if item == name.replace("-", "_")]
         if not found:
             raise RegistryError(f"nothing is registered as {name!r}; see `headwise list`, or give your own as module:object")
-        return found[0]
+        return found
     path, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(path)
         value = operator.attrgetter(attribute)(module)
     except (ImportError, AttributeError) as error:
         raise RegistryError(f"cannot import {name!r}: {error}") from error
-    return Item(_kind_of(value, name), attribute, value, module)
+    return [Item(_kind_of(value, name), attribute, value, module)]
 
 
 def _kind_of(value: Any, name: str) -> str:

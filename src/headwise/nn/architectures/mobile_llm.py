@@ -154,7 +154,7 @@ def identities() -> Iterator[tuple[str, float]]:
     cards = dict(zip(SIZES, (124.6, 345.3, 603.1, 1010, 1510), strict=True))
     for name, size in SIZES.items():
         off = abs(size.parameters / 1e6 / cards[name] - 1)
-        yield f"{name} has the {cards[name]} million parameters of its model card, to the last digit given", float(off > 0.005)
+        yield f"{name} has the {cards[name]} million parameters of its model card, to half a percent", float(off > 0.005)
         with torch.device("meta"):
             model, twice = published(name), published(name, repeat=2)
         c, d = size.width, size.width // size.heads

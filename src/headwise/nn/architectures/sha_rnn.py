@@ -159,7 +159,7 @@ def sha_rnn(
 
     Args:
         heads: not used, there is one. attend: the layers with attention; the last but one by default. hidden: of Boom, in all
-            layers or in each, a multiple of the width; four times it by default. memory: how many tokens attention reads back, None for all.
+            layers or in each, a multiple of the width; four times it by default. memory: how many tokens attention reads.
 
     Raises: ShapeError for a layer that is not there, or a hidden width that is no multiple.
     """
