@@ -29,6 +29,7 @@ class Block(nn.Module):
     stages: what the mixer is given besides the causal mask, such as a window.
     """
 
+    norm: nn.Module
     mixer: Mixer
 
     def __init__(

@@ -32,6 +32,21 @@ CARD = Card(
 )
 
 
+class Unweighted(nn.Module):
+    """x / sqrt(mean x^2 + epsilon), in float32 at least."""
+
+    weight = None
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.eps = epsilon
+
+    def forward(self, x: Tokens) -> Tokens:
+        """(b, n, width) -> the same."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
 class Producer(Mixer):
     """Softmax attention whose keys and values scale the normed input by weights of their own, apart from those of queries.
 
@@ -110,7 +125,7 @@ def cla(
     model = Transformer(vocabulary, width, layers, heads, mixer=mixers, context=context, follows=follows, **options)
     for _, block in model.layers():
         if isinstance(block.mixer, Producer):
-            block.norm = nn.RMSNorm(width, eps=block.norm.eps, elementwise_affine=False)
+            block.norm = Unweighted(float(options.get("epsilon", 1e-6)))
     return model
 
 
