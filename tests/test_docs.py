@@ -34,6 +34,8 @@ OTHERS = [ROOT / "CHANGELOG.md"]
 PAGE_OF = {
     "stage": "stages.md",
     "mechanism": "mechanisms.md",
+    "architecture": "nn.md",
+    "problem": "training.md",
     "probe": "probes.md",
     "recipe": "plans.md",
     "task": "tasks.md",
@@ -212,7 +214,8 @@ def test_every_public_name_is_somewhere():
 def test_counts_in_the_readme():
     """`| probes | 15 | ... |` and the like."""
     rows = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-    counts = {f"{kind}s": len(registry.names(kind)) for kind in ("stage", "mechanism", "probe", "recipe", "task")}
+    kinds = [kind for kind in registry.kinds() if kind != "benchmark"]
+    counts = {f"{kind}s": len(registry.names(kind)) for kind in kinds}
     counts |= {"statistics": len(statistics_there_are()), "embedded models": len(zoo.names())}
-    counts["conformance checks"] = sum(len(checks_for(kind)) for kind in ("stage", "mechanism", "probe", "recipe", "task"))
+    counts["conformance checks"] = sum(len(checks_for(kind)) for kind in kinds)
     assert {name: int(rows[name]) for name in counts} == counts

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headwise import registry, zoo
+from headwise import zoo
 from headwise.errors import InputError, RegistryError
 from headwise.testing import _check
-from headwise.training import IGNORE, Tally, checks, problem_of
+from headwise.testing import problems as checks
+from headwise.training import IGNORE, Tally, problem_of
 
 CPU = torch.device("cpu")
-CHECKS = [name for name in vars(checks) if name.startswith("check_")]
 
 
 def rows(problem, count=512, seed=0, make="batch"):
@@ -31,13 +31,6 @@ def assert_oracle_agrees(problem, count=200):
     made = rows(problem, count)
     for ids, targets in zip(made.ids.tolist(), made.targets.tolist(), strict=True):
         assert oracle(problem)(problem, ids) == targets
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", registry.names("problem"))
-def test_checks(name, check):
-    check_holds = getattr(checks, check)
-    check_holds(_check.registered("problem", name))
 
 
 def broken(problem, **changes):

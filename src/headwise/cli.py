@@ -338,7 +338,7 @@ def check(
     if bool(names) == everything:
         raise RegistryError("give names, or --all for everything; your own as module:object, such as a stage or an attention")
     sys.path.insert(0, "")  # so that module:object finds a file beside the user
-    items = _check.everything() if everything else [item for name in names or [] for item in _check.find(name)]
+    items = _check.everything() if everything else [item for name in names or [] for item in _check.find_all(name)]
     rows, wrong = [], 0
     for item in items:
         results = list(_check.check(item))

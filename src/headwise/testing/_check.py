@@ -99,7 +99,12 @@ def _listed() -> list[str]:
     return [kind for kind in MODULES if kind in registry.kinds()]
 
 
-def find(name: str) -> list[Item]:
+def find(name: str) -> Item:
+    """An item by its registered name, or one of the user's own by `module:object`; see `find_all` for names of several kinds."""
+    return find_all(name)[0]
+
+
+def find_all(name: str) -> list[Item]:
     """The items of a registered name, one of each kind that has it; or one of the user's own by `module:object`.
 
     Raises: RegistryError if there is none, or it is nothing that can be checked.

@@ -15,6 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#777777"
+FEW = 6  # with more curves than this, bands and marks hide one another, and only lines are drawn
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "headwise",
@@ -61,13 +62,14 @@ def _curves(axes: Any, comparison: Comparison) -> None:
         values = list(zip(*([value for _, value in curve] for curve in entry.curves), strict=True))
         mean = [statistics.fmean(at) for at in values]
         look = {"color": _colour(number), "linestyle": STYLES[number // len(COLOURS) % len(STYLES)], "linewidth": 1.6}
-        axes.plot(steps, mean, marker=MARKERS[number % len(MARKERS)], markersize=3.5, **look)
-        if len(entry.curves) > 1:
+        few = len(comparison.entries) <= FEW
+        axes.plot(steps, mean, marker=MARKERS[number % len(MARKERS)] if few else None, markersize=3.5, **look)
+        if len(entry.curves) > 1 and few:
             axes.fill_between(
                 steps, [min(at) for at in values], [max(at) for at in values], color=_colour(number), alpha=0.15, lw=0
             )
     axes.set_xlabel("steps")
-    axes.set_title(_plain(comparison.metric.replace("_", " ") + _seeds(comparison)))
+    axes.set_title(_plain(comparison.metric.replace("_", " ") + _seeds(comparison, len(comparison.entries) <= FEW)))
     axes.axhline(comparison.chance, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
     axes.annotate(
         "chance", (1, comparison.chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY, fontsize=8
@@ -91,8 +93,8 @@ def _ends(axes: Any, comparison: Comparison) -> None:
     for number, label in enumerate(axes.get_yticklabels()):
         label.set_color(_colour(number))
     axes.set_ylim(len(comparison.entries) - 0.4, -0.6)
-    axes.axvline(comparison.chance, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-    if comparison.ceiling is not None:
+    if comparison.ceiling is not None:  # else ends lie close together, and far from chance
+        axes.axvline(comparison.chance, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.set_xlim(0, comparison.ceiling * 1.05)
     axes.set_title(f"after {comparison.settings.steps:,} steps")
     axes.tick_params(axis="y", length=0)
@@ -106,9 +108,9 @@ def _title(comparison: Comparison) -> str:
     return f"{comparison.problem['problem']}: {layers} of width {sizes.width}, {sizes.heads} heads, {same} parameters"
 
 
-def _seeds(comparison: Comparison) -> str:
+def _seeds(comparison: Comparison, banded: bool) -> str:
     count = len(comparison.seeds)
-    return f": mean of {count} seeds, band from the least to the most" if count > 1 else ", one seed"
+    return f": mean of {count} seeds{', band from the least to the most' * banded}" if count > 1 else ", one seed"
 
 
 def _name(entry: Entry) -> str:

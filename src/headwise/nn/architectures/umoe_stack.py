@@ -104,7 +104,7 @@ def umoe_stack(
     model = ExpertDecoder(vocabulary, width, layers, heads, mixer=mixers, context=context, hidden=0, **options)
     for module, mixer in zip(model.blocks, mixers, strict=True):
         block = cast(Block, module)
-        block.feed_norm = nn.RMSNorm(width, eps=block.norm.eps)
+        block.feed_norm = nn.RMSNorm(width, eps=float(cast(nn.RMSNorm, block.norm).eps or 0.0))
         own = mixer.experts if unified else Experts(width, experts, size)
         block.feed_forward = FeedForward(own, feed_active, shared=shared)
     return model
