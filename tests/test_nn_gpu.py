@@ -13,8 +13,9 @@ from headwise.nn import Transformer, mixer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 IDS = torch.randint(0, 50, (2, 64), generator=torch.Generator().manual_seed(0))
-# What chooses among tokens, heads or experts may choose otherwise after another rounding
+# What chooses among heads or experts may choose otherwise after another rounding
 CHOOSES = {"umoe", "umoe_stack", "moh", "chai"}
+NAMES = [(kind, name) for kind in ("mechanism", "architecture") for name in registry.names(kind) if name not in CHOOSES]
 
 
 def made(kind, name):
@@ -31,10 +32,7 @@ def logits_and_gradients(model, ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [(kind, name) for kind in ("mechanism", "architecture") for name in registry.names(kind) if name not in CHOOSES],
-)
+@pytest.mark.parametrize(("kind", "name"), NAMES)
 def test_as_on_a_cpu(kind, name, dtype):
     """In bfloat16 products, as training computes them, too: then directions of gradients must agree."""
     ours = made(kind, name)
