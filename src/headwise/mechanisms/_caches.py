@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,6 +46,14 @@ class Seen(NamedTuple):
     def places(self) -> Positions:
         """The positions, as arguments."""
         return {"query_positions": self.query_positions, "key_positions": self.key_positions}
+
+    def turned(self, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys of a cache that was extended without rotation, rotated: so that it may keep tokens as they are."""
+        if rotary is None:
+            return self.q, self.k
+        n, m = self.q.shape[2], self.k.shape[2]
+        at = torch.arange(m, device=self.k.device) if self.key_positions is None else self.key_positions.clamp(min=0)
+        return rotary(self.q, at[..., m - n :]), rotary(self.k, at)
 
 
 class KeyValues(Cache):
@@ -147,3 +155,32 @@ def _alone(x: Tensor) -> Tensor:
     """x, copied if it is a part of something larger that it would keep alive (a fused projection); not in training."""
     part = x.untyped_storage().nbytes() > x.numel() * x.element_size()
     return x.clone() if part and not x.requires_grad else x
+
+
+class Recent:
+    """Rows of the last `back` tokens that are no padding, zeros before the first: what a convolution needs of the past."""
+
+    def __init__(self, back: int) -> None:
+        self.back = back
+        self.rows: Tensor | None = None
+
+    def along(self, new: Tensor, attention_mask: Real | None, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """(b, n, ...): f of the rows before and the new ones, (b, back + n, c), padding left out; new rows are then kept.
+
+        f gives (b, n, ...) for the new ones, each from its own row and those before. At padding it means nothing.
+        """
+        past = new.new_zeros(len(new), self.back, new.shape[-1]) if self.rows is None else self.rows
+        if attention_mask is None:
+            rows = torch.cat([past, new], 1)
+            self.rows = rows[:, rows.shape[1] - self.back :].clone()  # so that the rest is freed
+            return f(rows)
+        real = attention_mask.bool()
+        order = (~real).int().argsort(dim=1, stable=True)  # tokens, then padding: what is before a token is then its past
+        rows = torch.cat([past, _taken(new, order)], 1)
+        self.rows = _taken(rows, real.sum(1, keepdim=True) + torch.arange(self.back, device=new.device))
+        return _taken(f(rows), order.argsort(1))
+
+
+def _taken(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (b, r) of (b, n, ...): (b, r, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], rows]

@@ -168,10 +168,15 @@ class Transformer(LanguageModel):
         self, ids: Int[Tensor, "b n"], *, caches: Caches | None = None, attention_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n width"]:
         """What the last layer says of each token, normed: all of `forward` but the logits."""
-        caches = self._caches_of_one_pass() if caches is None else caches
+        caches = self.caches_of_one_pass() if caches is None else caches
         start = len(caches)
-        places = caches.advance(ids, attention_mask)
-        stream = self.residual(self._embed(ids, places, start))
+        return self.run(self.embed(ids, caches.advance(ids, attention_mask), start), caches, attention_mask)
+
+    def run(
+        self, x: Float[Tensor, "b n width"], caches: Caches, attention_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n width"]:
+        """All layers, and the last norm, on embeddings that are there already."""
+        stream = self.residual(x)
         mask = () if not self.causal else (Causal(),)
         for depth, block in self.layers():
             x = block.norm(stream.read(2 * depth))
@@ -182,7 +187,8 @@ class Transformer(LanguageModel):
         normed: Tensor = self.norm(stream.out)
         return normed
 
-    def _embed(self, ids: Tensor, places: Tensor | None, start: int) -> Tensor:
+    def embed(self, ids: Tensor, places: Tensor | None, start: int) -> Tensor:
+        """Embeddings of tokens at their places; `start`, `start` + 1, ... for None."""
         x: Tensor = self.embedding(ids)
         if self.places is None:
             return x
@@ -192,7 +198,7 @@ class Transformer(LanguageModel):
             raise InputError(f"a text of {int(places.max()) + 1} tokens; positions are learned up to {self.context}")
         return x + self.places(places)
 
-    def _caches_of_one_pass(self) -> Caches:
+    def caches_of_one_pass(self) -> Caches:
         """Caches that keep all, for nothing is read after the pass: what windows hide need not be found out and let go."""
         caches = self.new_caches()
         for cache in caches.layers:

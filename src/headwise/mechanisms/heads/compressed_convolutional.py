@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._caches import Cache, KeyValues
+from .._caches import Cache, KeyValues, Recent
 from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest
 
 CARD = Card(
@@ -30,35 +30,6 @@ CARD = Card(
     ),
 )
 EPSILON = 1e-7  # the least length that queries and keys are divided by
-
-
-class Recent:
-    """Rows of the last `back` tokens that are no padding, zeros before the first: what a convolution needs of the past."""
-
-    def __init__(self, back: int) -> None:
-        self.back = back
-        self.rows: Tensor | None = None
-
-    def along(self, new: Tensor, attention_mask: Real | None, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """(b, n, ...): f of the rows before and the new ones, (b, back + n, c), padding left out; new rows are then kept.
-
-        f gives (b, n, ...) for the new ones, each from its own row and those before. At padding it means nothing.
-        """
-        past = new.new_zeros(len(new), self.back, new.shape[-1]) if self.rows is None else self.rows
-        if attention_mask is None:
-            rows = torch.cat([past, new], 1)
-            self.rows = rows[:, rows.shape[1] - self.back :].clone()  # so that the rest is freed
-            return f(rows)
-        real = attention_mask.bool()
-        order = (~real).int().argsort(dim=1, stable=True)  # tokens, then padding: what is before a token is then its past
-        rows = torch.cat([past, _taken(new, order)], 1)
-        self.rows = _taken(rows, real.sum(1, keepdim=True) + torch.arange(self.back, device=new.device))
-        return _taken(f(rows), order.argsort(1))
-
-
-def _taken(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows (b, r) of (b, n, ...): (b, r, ...)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], rows]
 
 
 class ConvolvedKeyValues(KeyValues):

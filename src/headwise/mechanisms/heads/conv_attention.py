@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import attend
@@ -15,6 +14,7 @@ from ...card import Card
 from ...errors import ShapeError
 from .._caches import Cache, KeyValues
 from .._mixer import Attention, Mixer, Real, Tokens, largest
+from .._norms import layer_norm
 
 CARD = Card(
     paper="Tiny-Sepformer: A Tiny Time-Domain Transformer Network for Speech Separation",
@@ -31,12 +31,6 @@ CARD = Card(
 BASE = 10000.0
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(x.dtype)
-
-
 class ConvolutionPath(nn.Module):
     """norm(x + pointwise(depthwise(x))) along the tokens, which read (kernel - 1) / 2 tokens to each side."""
 
@@ -48,7 +42,7 @@ class ConvolutionPath(nn.Module):
 
     def forward(self, x: Tokens) -> Tokens:
         """(b, n, channels) -> the same."""
-        return _norm(self.norm, x + self.pointwise(self.depthwise(x.transpose(1, 2)).transpose(1, 2)))
+        return layer_norm(self.norm, x + self.pointwise(self.depthwise(x.transpose(1, 2)).transpose(1, 2)))
 
 
 class AttentionPath(nn.Module):
@@ -65,7 +59,7 @@ class AttentionPath(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         read = KeyValues().extend(q, k, v, mask)
         out = attend(read.q, read.k, read.v, *stages, **read.places)
-        return _norm(self.norm, x + self.back(out.transpose(1, 2).flatten(2)))
+        return layer_norm(self.norm, x + self.back(out.transpose(1, 2).flatten(2)))
 
 
 class ConvAttention(Mixer):
@@ -100,7 +94,7 @@ class ConvAttention(Mixer):
         places = KeyValues().places_of_next(x, attention_mask)
         if self.positions:
             x = x + self._sinusoids(x, places)
-        normed = _norm(self.norm, x)
+        normed = layer_norm(self.norm, x)
         if attention_mask is not None:
             normed = torch.where(attention_mask[..., None].bool(), normed, 0)  # as the convolution sees beyond both ends
         parts = []

@@ -17,10 +17,9 @@ from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
 from ...stages.window import Window
-from .._caches import Cache, KeyValues
+from .._caches import Cache, KeyValues, Recent
 from .._mixer import Mixer, Real, Tokens, largest
 from ._selective_scan import selective_scan
-from .compressed_convolutional import Recent
 
 CARD = Card(
     paper="Hymba: A Hybrid-head Architecture for Small Language Models",

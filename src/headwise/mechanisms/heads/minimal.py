@@ -17,7 +17,6 @@ from ...stages.causal import Causal
 from .._caches import Cache, KeyValues
 from .._mixer import Attention, Mixer, Real, Tokens, largest
 from .._rotary import Rotary
-from .super_attention import turned
 
 CARD = Card(
     paper="Reducing the Transformer Architecture to a Minimum",
@@ -71,7 +70,7 @@ class Minimal(Mixer):
         if self.whole:  # keys and values are the tokens, kept once; the value matrix waits until they are read
             tokens = self._split(x)
             seen = cache.extend(q, tokens, tokens.new_zeros(*tokens.shape[:3], 0), attention_mask)
-            q, k = turned(self.rotary, seen)
+            q, k = seen.turned(self.rotary)
             out = attend(q, k, seen.k, *stages, **seen.places).transpose(1, 2).flatten(2)
             out = out if self.v is None else self.v(out)
         else:

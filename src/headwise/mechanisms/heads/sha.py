@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import attend
@@ -17,6 +16,7 @@ from ...stages.causal import Causal
 from ...stages.window import Window
 from .._caches import Cache, KeyValues
 from .._mixer import Attention, Mixer, Real, Tokens, largest
+from .._norms import layer_norm
 
 CARD = Card(
     paper="Single Headed Attention RNN: Stop Thinking With Your Head",
@@ -32,13 +32,6 @@ CARD = Card(
     ),
 )
 EPSILON = 1e-12
-
-
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    bias = None if norm.bias is None else norm.bias.to(wide)
-    return F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), bias, norm.eps).to(x.dtype)
 
 
 def _start(linear: nn.Linear, width: int) -> nn.Linear:
@@ -74,8 +67,8 @@ class Sha(Mixer):
         """See `Mixer.forward`."""
         # gates of keys go to the queries and those of values to the output, so that one tensor is both keys and values
         gate = torch.sigmoid(self.query_gate) * torch.sigmoid(self.key_gate)
-        q = gate * _norm(self.inner_norm, self.query(_norm(self.query_norm, x)))
-        tokens = _norm(self.memory_norm, x)[:, None]
+        q = gate * layer_norm(self.inner_norm, self.query(layer_norm(self.query_norm, x)))
+        tokens = layer_norm(self.memory_norm, x)[:, None]
         nothing = tokens[..., :0]
         seen = (self.new_cache() if cache is None else cache).extend(q[:, None], tokens, nothing, attention_mask)
         if self.memory is not None and seen.k.shape[2] > self.memory:

@@ -14,7 +14,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._caches import Cache, KeyValues, Seen
+from .._caches import Cache, KeyValues
 from .._mixer import Attention, Mixer, Real, Tokens, largest
 from .._rotary import Rotary
 
@@ -88,7 +88,7 @@ class SuperAttention(Mixer):
             k = v = seen.k
         q = seen.q
         if self.k is None:
-            q, k = turned(self.rotary, seen)
+            q, k = seen.turned(self.rotary)
         merged: Tensor = self.out(attend(q, k, v, *stages, **seen.places).transpose(1, 2).flatten(2))
         return merged
 
@@ -115,15 +115,6 @@ class SuperAttention(Mixer):
     def new_cache(self, owner: Cache | None = None) -> KeyValues:
         """An empty cache for decoding: tokens, and beside them keys (optimised), nothing (efficient) or mixed values (super)."""
         return KeyValues()
-
-
-def turned(rotary: Rotary | None, seen: Seen) -> tuple[Tensor, Tensor]:
-    """Queries and keys of a cache that was extended without rotation, rotated: so that it may keep tokens as they are."""
-    if rotary is None:
-        return seen.q, seen.k
-    n, m = seen.q.shape[2], seen.k.shape[2]
-    at = torch.arange(m, device=seen.k.device) if seen.key_positions is None else seen.key_positions.clamp(min=0)
-    return rotary(seen.q, at[..., m - n :]), rotary(seen.k, at)
 
 
 def oracle(mixer: SuperAttention, x: Tensor, visible: Tensor) -> Tensor:

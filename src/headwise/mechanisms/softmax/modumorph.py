@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention import attend
@@ -15,6 +14,7 @@ from ...card import Card
 from ...errors import ShapeError
 from .._caches import Cache, KeyValues
 from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest
+from .._norms import layer_norm
 
 CARD = Card(
     paper="Universal Morphology Control via Contextual Modulation",
@@ -80,9 +80,7 @@ class Modumorph(Mixer):
         if context.shape != x.shape:
             raise ShapeError(f"context is {tuple(context.shape)}, the tokens are {tuple(x.shape)}; each token has one of its width")
         p = self.projections
-        wide = torch.promote_types(context.dtype, torch.float32)
-        norm = self.norm
-        normed = F.layer_norm(context.to(wide), (self.width,), norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(x.dtype)
+        normed = layer_norm(self.norm, context)
         q, k, v = (f(t).unflatten(-1, (-1, p.head_dim)).transpose(1, 2) for f, t in ((p.q, normed), (p.k, normed), (p.v, x)))
         seen = (self.new_cache() if cache is None else cache).extend(q, k, v, attention_mask, self.rotary)
         return p.merge(attend(seen.q, seen.k, seen.v, *stages, **seen.places))

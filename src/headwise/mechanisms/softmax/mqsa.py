@@ -16,6 +16,7 @@ from ...errors import ShapeError
 from ...stages.causal import Causal
 from .._caches import Cache, KeyValues
 from .._mixer import Mixer, Real, Tokens, largest
+from .._norms import layer_norm
 from .._rotary import Rotary
 
 CARD = Card(
@@ -32,12 +33,6 @@ CARD = Card(
     ),
 )
 EPSILON = 1e-24
-
-
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The norm in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(x.dtype)
 
 
 class _Memory(Cache):
@@ -102,14 +97,14 @@ class Branch(nn.Module):
     def forward(self, x: Tokens, stages: tuple[Stage, ...], memory: _Memory, mask: Real | None, rotary: Rotary | None) -> Tokens:
         """(b, n, width) -> the same; memory is extended."""
         real = x if mask is None else torch.where(mask[..., None].bool(), x, 0)
-        query = _norm(self.query_norm, self.pooled(real, memory))
+        query = layer_norm(self.query_norm, self.pooled(real, memory))
         q, k, v = (f(t).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f, t in ((self.q, query), (self.k, x), (self.v, x)))
         seen = memory.read.extend(q, k, v, mask, rotary)
         out = query + attend(seen.q, seen.k, seen.v, *stages, **seen.places).transpose(1, 2).flatten(2)
         if self.up is None or self.down is None or self.middle_norm is None or self.last_norm is None:
             return out
-        out = _norm(self.middle_norm, out)
-        return _norm(self.last_norm, out + self.down(torch.relu(self.up(out))))
+        out = layer_norm(self.middle_norm, out)
+        return layer_norm(self.last_norm, out + self.down(torch.relu(self.up(out))))
 
 
 class Mqsa(Mixer):

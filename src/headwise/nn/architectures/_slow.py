@@ -89,6 +89,12 @@ def window_of(model: Transformer, at: int) -> int | None:
     return min(sizes) if sizes else None
 
 
+def slots(model: Transformer, layer: int, tokens: int) -> int:
+    """How many of so many tokens a layer still reads, by its window."""
+    window = window_of(model, model.order[layer])
+    return tokens if window is None else min(tokens, window)
+
+
 def visible_to(model: Transformer, at: int, n: int) -> Tensor:
     """(n, n): what a block's queries may read, by its window and whether the model reads both sides."""
     window = window_of(model, at)

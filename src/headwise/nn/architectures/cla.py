@@ -188,9 +188,8 @@ def kept(model: Transformer, tokens: int) -> int:
     numbers = 0
     for layer, block in model.layers():
         if layer not in model.follows:
-            projections, window = cast(Projections, block.mixer.projections), _slow.window_of(model, layer)
-            slots = tokens if window is None else min(tokens, window)
-            numbers += 2 * projections.kv_heads * projections.head_dim * slots
+            of = cast(Projections, block.mixer.projections)
+            numbers += 2 * of.kv_heads * of.head_dim * _slow.slots(model, layer, tokens)
     return numbers
 
 

@@ -240,8 +240,7 @@ def examples() -> list[Transformer]:
 
 def kept(model: Transformer, tokens: int) -> int:
     """Numbers that the caches hold: keys and values of all layers, as without routing, which is a matter of one token."""
-    windows = [_slow.window_of(model, at) for at in model.order]
-    return sum(2 * model.width * (tokens if window is None else min(tokens, window)) for window in windows)
+    return sum(2 * model.width * _slow.slots(model, layer, tokens) for layer in range(len(model.order)))
 
 
 def sized(vocabulary: int, width: int, layers: int, heads: int, tokens: int, **options: Any) -> Transformer:

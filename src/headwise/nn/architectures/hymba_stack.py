@@ -20,7 +20,6 @@ from ...mechanisms import Cache, KeyValues, Mixer
 from ...mechanisms._mixer import Real, Tokens, largest
 from ...mechanisms.following import ALONE, Followed
 from ...mechanisms.heads.hymba import HybridState, Hymba, Norm, StateSpace
-from ...stages.causal import Causal
 from ...stages.sink import Sink
 from ...stages.window import Window
 from ..build import named
@@ -121,22 +120,14 @@ class MetaDecoder(Transformer):
         self, ids: Int[Tensor, "b n"], *, caches: Caches | None = None, attention_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n width"]:
         """See `Transformer.encode`."""
-        caches = self.new_caches() if caches is None else caches
+        caches = self.caches_of_one_pass() if caches is None else caches
         start = len(caches)
-        x = self._embed(ids, caches.advance(ids, attention_mask), start)
+        x = self.embed(ids, caches.advance(ids, attention_mask), start)
         if self.meta is not None and not start:
             x = torch.cat([self.meta.expand(len(x), -1, -1), x], 1)
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask.bool(), (len(self.meta), 0), value=True)
-        stream = self.residual(x)
-        for depth, block in self.layers():
-            x = block.norm(stream.read(2 * depth))
-            stream.add(block.mixer(x, Causal(), *block.stages, cache=caches.layers[depth], attention_mask=attention_mask))
-            if block.feed_forward is not None and block.feed_norm is not None:
-                stream.add(block.feed_forward(block.feed_norm(stream.read(2 * depth + 1))))
-        caches.release()
-        normed: Tensor = self.norm(stream.out[:, -ids.shape[1] :])
-        return normed
+        return self.run(x, caches, attention_mask)[:, -ids.shape[1] :]
 
 
 class Layout(NamedTuple):

@@ -247,8 +247,8 @@ def kept(model: Transformer, tokens: int) -> int:
     """Numbers that the caches hold: keys and values of every layer, as without sharing."""
     numbers = 0
     for layer, block in model.layers():
-        p, window = cast(Attention, block.mixer).projections, _slow.window_of(model, layer)
-        numbers += 2 * p.kv_heads * p.head_dim * (tokens if window is None else min(tokens, window))
+        of = cast(Attention, block.mixer).projections
+        numbers += 2 * of.kv_heads * of.head_dim * _slow.slots(model, layer, tokens)
     return numbers
 
 

@@ -135,9 +135,7 @@ def kept(model: Transformer, tokens: int) -> int:
     for layer, block in model.layers():
         mixer: Any = block.mixer
         of = mixer if layer in model.follows else mixer.projections
-        window = _slow.window_of(model, layer)
-        slots = tokens if window is None else min(tokens, window)
-        numbers += (1 if layer in model.follows else 2) * of.kv_heads * of.head_dim * slots
+        numbers += (1 if layer in model.follows else 2) * of.kv_heads * of.head_dim * _slow.slots(model, layer, tokens)
     return numbers
 
 
