@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from correct_attentions import Careful, Case, function_oracle, softmax_of
 from torch import nn
+
+from headwise import attend
+from headwise.mechanisms import Attention
 
 
 def top_left(q, k, v, is_causal=False):
@@ -26,6 +30,23 @@ def unscaled(q, k, v, causal=True):
 class Careless(Careful):
     def cleared(self, v, there):
         return v
+
+
+class HalfCareful(Careful):
+    def cleared_keys(self, k, there):
+        return k
+
+
+class Restarting(Attention):
+    """Rotates each piece of a text as if it began there."""
+
+    def forward(self, x, *stages, cache=None, attention_mask=None):
+        q, k, v = self.projections.split(x)
+        if self.rotary is not None:
+            places = torch.arange(x.shape[1])
+            q, k = self.rotary(q, places), self.rotary(k, places)
+        seen = (self.new_cache() if cache is None else cache).extend(q, k, v, attention_mask)
+        return self.projections.merge(attend(seen.q, seen.k, seen.v, *stages, **seen.places))
 
 
 class DeafToPadding(nn.MultiheadAttention):
@@ -49,6 +70,14 @@ BROKEN = [
         "NaN in keys and values of empty slots changes the output to NaN",
         Careless,
         ALONE,
+    ),
+    Case("keys of empty slots not cleared", "left_padding", "empty slots reaches gradients", HalfCareful, ALONE),
+    Case(
+        "rotates from the start in each piece",
+        "rotary",
+        "with a rotary embedding cached decode is off by",
+        Restarting,
+        {"examples": lambda heads, size: [Restarting(heads * size, heads)], "oracle": None},
     ),
     Case("a MultiheadAttention deaf to padding", "left_padding", "left padding of 0.7 changes the output", DeafToPadding, ALONE),
 ]

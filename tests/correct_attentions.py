@@ -158,8 +158,12 @@ class Careful(Mechanism):
         visible = (slots >= 0)[:, None, :].expand(-1, n, -1)
         if stages:
             visible = visible & (slots[:, None, :] <= own[:, :, None])
+        k = self.cleared_keys(k, there)
         scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible[:, None], torch.finfo(q.dtype).min)
         return (scores.softmax(-1) * visible[:, None]) @ self.cleared(v, there)
+
+    def cleared_keys(self, k, there):
+        return k.masked_fill(~there, 0.0)
 
     def cleared(self, v, there):
         return v.masked_fill(~there, 0.0)

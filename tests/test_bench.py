@@ -46,7 +46,7 @@ def test_bench_prints_rows_and_json(small, monkeypatch, capsys):
 def test_bench_says_what_is_wrong(monkeypatch, capsys):
     code, _, err = bench(monkeypatch, capsys, "speedy")
     assert code == 2
-    assert "there is no benchmark 'speedy'; there are: attention, statistics" in err
+    assert "there is no benchmark 'speedy'; there are: attention, conversions, statistics" in err
     if not torch.cuda.is_available():
         code, _, err = bench(monkeypatch, capsys, "statistics", "--device", "cuda")
         assert code == 2
@@ -93,3 +93,19 @@ def test_every_mechanism_has_its_rows(monkeypatch, capsys):
     assert [row["note"] for row in refused] == ["does not run: not here"] * 2
     trained = next(row for row in rows if row["measure"] == "relative bias, training" and row["what"] == "relative bias")
     assert trained["note"] == "gradients the same bits twice"
+
+
+def test_conversions_say_what_they_cost_and_free():
+    run = registry.load("benchmark", "conversions")
+    rows = {row.what: row.note for row in run(torch.device("cpu"), quick=True, report=print).rows}
+    assert len(rows) == 19
+    kept = {what: int(note.split(" KV bytes")[0].split(" ")[-1].replace(",", "")) for what, note in rows.items()}
+    loss = {what: float(note.split(" ")[1]) for what, note in rows.items()}
+    plain = "as it was trained"
+    assert kept[plain] == 2 * 8 * 8 * 32 * 4  # keys and values, layers, heads, size, bytes
+    assert kept["GQA: 2 key/value heads, means"] * 4 == kept[plain]
+    assert kept["MLKV: 4 of 8 layers have keys and values"] * 2 == kept[plain]
+    assert kept["CHAI: 4 clusters of heads"] * 4 == kept[plain] * 3
+    assert min(loss, key=loss.get) == plain
+    assert loss["MoH: 4 heads and 2 of 4 by token"] < loss["GQA: 4 key/value heads, means"]
+    assert loss["MASA: 4, and a rest of rank 32 each"] < loss["MASA: 4 matrices for 8 layers"]

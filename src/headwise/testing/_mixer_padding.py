@@ -57,8 +57,8 @@ def _require_poison_kept_out(runner: Runner, left: bool, causal: bool, allowed: 
         out = runner.kernel(q, k, v, *stages, query_positions=places, key_positions=places)[:, :, ~empty]
     by = apart(out, alone)
     size = "to NaN" if by == torch.inf else f"by {by:.2g}"
-    _require_poison_kept_from_gradients(runner, (q, k, v), places, stages, empty)
     require(by <= allowed, f"{runner.about}: NaN in keys and values of empty slots changes the output {size} ({way(causal)})")
+    _require_poison_kept_from_gradients(runner, (q, k, v), places, stages, empty)
 
 
 def _require_poison_kept_from_gradients(
