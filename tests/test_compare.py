@@ -46,6 +46,35 @@ def test_contenders_are_parsed():
         sizing.parse([" , "])
 
 
+OWN = """
+from headwise.mechanisms import Mechanism
+from headwise import attend
+
+class Halved(Mechanism):
+    def __init__(self, part=0.5):
+        super().__init__()
+        self.part = part
+
+    def forward(self, q, k, v, *stages, **places):
+        return self.part * attend(q, k, v, *stages, **places)
+
+def sized(heads, size, tokens, **options):
+    return Halved(**options)
+"""
+
+
+def test_ones_own_mechanism_is_trained_by_its_path(tmp_path, monkeypatch):
+    (tmp_path / "own_mechanism.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = sizing.parse(["own_mechanism:Halved", "own_mechanism:Halved:part=0.25"])
+    models = [sized.build(0) for sized in sizing.equal(found, SIZES)]
+    assert [type(model.blocks[0].mixer.mechanism).__name__ for model in models] == ["Halved", "Halved"]
+    assert [model.blocks[0].mixer.mechanism.part for model in models] == [0.5, 0.25]
+    for text, told in (("own_mechanism:Third", "has no Third"), ("nowhere_at_all:Third", "cannot import 'nowhere_at_all'")):
+        with pytest.raises(RegistryError, match=told):
+            sizing.equal(sizing.parse([text]), SIZES)
+
+
 @pytest.mark.parametrize("text", ["gqa", "gqa:kv_heads=2", "cope", "mta", "rela", "selective_self_attention", "moh", "masa"])
 def test_models_are_of_equal_parameters(text):
     reference, other = sizing.equal(sizing.parse(["softmax", text]), SIZES)

@@ -21,8 +21,9 @@ PLAIN = "softmax"
 def mixer(spec: Spec, width: int, heads: int, tokens: int) -> Mixer:
     """A mixer of this width and number of heads, for texts of up to `tokens`.
 
-    spec: "softmax" for plain attention, or a mechanism of the inventory, at its paper's settings; a pair of a name and its
-        options; {name: heads} for heads of several mechanisms side by side; or a module, which is taken as it is.
+    spec: "softmax" for plain attention; a mechanism of the inventory, at its paper's settings, or one of your own as
+        "module:object", whose module has `sized`; a pair of a name and its options; {name: heads} for heads of several
+        mechanisms side by side; or a module, which is taken as it is.
 
     Raises: RegistryError for an unknown name. ShapeError if sizes do not fit.
     """
@@ -51,12 +52,25 @@ def mixer(spec: Spec, width: int, heads: int, tokens: int) -> Mixer:
 def _named(name: str, heads: int, size: int, tokens: int, options: Mapping[str, Any]) -> Mixer | Mechanism | None:
     if name == PLAIN:
         return Attention(heads * size, heads, **options) if options else None
-    module = importlib.import_module(registry.load("mechanism", name).__module__)
+    module = _module_of(name) if ":" in name else importlib.import_module(registry.load("mechanism", name).__module__)
     try:
         made: Mixer | Mechanism = module.sized(heads, size, tokens, **options)
     except TypeError as error:
         raise RegistryError(f"{name} does not take the options {sorted(options)}: {error}") from error
     return made
+
+
+def _module_of(name: str) -> Any:
+    """The module of an own mechanism, `module:object`, which has a function `sized` as those of the inventory have."""
+    path, _, thing = name.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise RegistryError(f"cannot import {path!r} for the mechanism {name!r}: {error}") from error
+    if not hasattr(module, thing) or not hasattr(module, "sized"):
+        missing = thing if not hasattr(module, thing) else "sized(heads, size, tokens, **options), which builds it"
+        raise RegistryError(f"{path} has no {missing}")
+    return module
 
 
 def specs(given: Specs, layers: int) -> list[Spec]:

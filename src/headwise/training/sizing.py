@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,7 @@ class Sized:
 
 
 def parse(given: Sequence[str]) -> list[Contender]:
-    """From `name` or `name:option=value,option=value`, several with commas between them.
+    """From `name` or `name:option=value,option=value`, or `module:object` for one's own; several with commas between them.
 
     Values are numbers, true, false, null, JSON, or else text.
 
@@ -107,7 +108,11 @@ def _known() -> list[str]:
 def _contender(text: str) -> Contender:
     name, _, told = text.partition(":")
     name = name.strip().replace("-", "_")
-    if name not in _known():
+    thing, _, rest = told.partition(":")
+    if thing and "=" not in thing and name not in _known():  # one's own, as module:object
+        name, told = f"{name}:{thing}", rest
+        sys.path.insert(0, "")  # so that it is found beside the user
+    elif name not in _known():
         raise RegistryError(f"there is no mechanism or architecture {name!r}; there are: {', '.join(_known())}")
     options = {}
     for pair in told.split(",") if told else []:
