@@ -20,12 +20,17 @@ from transformers import (
 import headwise
 from headwise.errors import InputError, ModelLoadError, RegistryError, ShapeError, UnsupportedModelError
 from headwise.mechanisms import Attention, KeyValues, Rotary
+from headwise.mechanisms.by_head import ByHead
 from headwise.mechanisms.following import KeyFollower, WeightFollower
 from headwise.mechanisms.heads.gqa import pool
 from headwise.mechanisms.heads.moh import Moh
 from headwise.mechanisms.softmax.cope import Cope
+from headwise.mechanisms.softmax.memory_efficient import MemoryEfficient
+from headwise.mechanisms.softmax.mta import Mta
 from headwise.nn import Transformer, build, from_pretrained, from_transformers, mixer
 from headwise.nn.transformer import kept
+from headwise.stages.alibi import Alibi
+from headwise.stages.causal import Causal
 from headwise.stages.sink import Sink
 from headwise.stages.strided import Strided
 from headwise.stages.window import Window
@@ -54,6 +59,10 @@ CASES = {
     "learned places": {"positions": "learned", "mixer": ["softmax", "mqa", ("moh", {"shared": 1, "active": 2})]},
     "by head": {"mixer": {"softmax": 2, "cope": 1, "rela": 1}, "positions": "none"},
     "past queries": {"mixer": {"mta": 2, "softmax": 2}, "windows": 12},
+    "a window shorter than those": {"mixer": "mta", "windows": 3},
+    "followed past queries": {
+        "mixer": lambda i: KeyFollower(32, 4) if i == 1 else Attention(32, 4, Mta(4, 8)), "follows": {1: 0},
+    },
     "blocks twice": {"mixer": "gqa", "order": [0, 0, 2, 1, 1]},
     "followed keys": {"mixer": lambda i: KeyFollower(32, 4) if i == 1 else Attention(32, 4, kv_heads=2), "follows": {1: 0}},
     "followed window": {
@@ -75,6 +84,34 @@ def test_decoding_and_padding_change_nothing(options):
     assert torch.allclose(padded[1], whole[1], atol=1e-12)
     assert torch.allclose(padded[:1, 9:], model(IDS[:1, 9:]), atol=1e-12)
     assert torch.allclose(model(IDS, attention_mask=mask)[:1, 9:], padded[:1, 9:], atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"windows": 4}, {"positions": "learned"}], ids=["plain", "windows", "learned"])
+@torch.no_grad()
+def test_padding_within_a_text_changes_nothing(options):
+    """Pieces that are padding for one row of a batch alone, as when several texts are read side by side."""
+    model = stack(**options)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[0, 8:23] = False  # whole pieces, and parts of them
+    out, _ = decoded(model, IDS, mask)
+    there = mask[0]
+    assert torch.allclose(out[0][there], model(IDS[:1, there])[0], atol=1e-12)
+    assert torch.allclose(out[1], model(IDS[1:])[0], atol=1e-12)
+
+
+@torch.no_grad()
+def test_heads_of_several_mechanisms_read_their_own_keys():
+    """Plain attention computed in two ways, and biases that differ by head, are given to each head as they are."""
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    split = ByHead([(None, 1), (MemoryEfficient(4, 4), 2), (None, 1)])
+    for stages in ((Causal(),), (Causal(), Alibi.geometric(4))):
+        assert torch.allclose(split(q, k, v, *stages), headwise.attend(q, k, v, *stages), atol=1e-12)
+    grouped = ByHead([(None, 2), (MemoryEfficient(4, 4), 2)])
+    assert torch.allclose(grouped(q, k[:, :2], v[:, :2]), headwise.attend(q, k[:, :2], v[:, :2]), atol=1e-12)
+    with pytest.raises(ShapeError, match="do not have key/value heads of their own"):
+        split(q, k[:, :2], v[:, :2])
+    with pytest.raises(ShapeError, match="queries have 3 heads"):
+        split(q[:, :3], k[:, :3], v[:, :3])
 
 
 @torch.no_grad()

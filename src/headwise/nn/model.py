@@ -121,7 +121,7 @@ class LanguageModel(nn.Module, ABC):
                     chosen = logits.argmax(-1, keepdim=True)
                 if end is not None:
                     chosen = chosen.masked_fill(done, end)
-                    done = done | (chosen == end)
+                    done = chosen == end
                 made.append(chosen)
                 advance(1)
                 if bool(done.all()):
