@@ -65,7 +65,7 @@ def sized(heads, size, tokens, **options):
 
 def test_ones_own_mechanism_is_trained_by_its_path(tmp_path, monkeypatch):
     (tmp_path / "own_mechanism.py").write_text(OWN, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     found = sizing.parse(["own_mechanism:Halved", "own_mechanism:Halved:part=0.25"])
     models = [sized.build(0) for sized in sizing.equal(found, SIZES)]
     assert [type(model.blocks[0].mixer.mechanism).__name__ for model in models] == ["Halved", "Halved"]

@@ -31,7 +31,7 @@ CARD = Card(
 SHAPES = "the embedded model tiny (8 layers x 8 heads), loss a token of held-out text in rows of 512"
 
 
-def conversions(device: torch.device, *, quick: bool = False, report: Callable[[Row], None]) -> Table:
+def conversions(device: torch.device, *, quick: bool = False, report: Callable[[Row], None] = lambda row: None) -> Table:
     """Loss, KV bytes of a token and parameters of the embedded model after each conversion; quick: on fewer rows."""
     return collected("conversions", device, SHAPES, _rows(device, 4 if quick else 24), report)
 

@@ -99,6 +99,13 @@ class KeyValues(Cache):
         counted = torch.full((b, 1), self.total, device=like.device) if self._counted is None else self._counted
         return torch.where(there, counted + there.cumsum(1) - 1, -1)
 
+    def next_places(self, like: Tensor, attention_mask: Real | None = None) -> Tensor:
+        """The same, (b or 1, n), counted out where nothing was padding."""
+        places = self.places_of_next(like, attention_mask)
+        if places is None:
+            places = torch.arange(self.total, self.total + like.shape[-2], device=like.device)[None]
+        return places
+
     def extend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Real | None = None, rotary: Rotary | None = None) -> Seen:
         """Adds new tokens and returns what they may read.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict, Unpack
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -33,6 +34,14 @@ class Positions(TypedDict, total=False):
 def largest(difference: Tensor) -> float:
     """The largest magnitude in a tensor: how far off something is."""
     return float(difference.detach().abs().max())
+
+
+def shake(parameters: Iterable[Tensor], seed: int, by: float = 0.3) -> None:
+    """Adds noise to parameters, one generator for all of them: what starts at zero or one is then off its start in examples."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
 
 
 class Mechanism(nn.Module, ABC):

@@ -11,7 +11,8 @@ from ..attention import attend
 from ..attention.stage import Stage
 from ..errors import InputError, ShapeError
 from ._caches import Cache, KeyValues, Seen
-from ._mixer import Mixer, Real, Tokens
+from ._mixer import Mixer, Outputs, Queries, Real, Tokens
+from ._rotary import Rotary
 
 ALONE = "follows another layer's cache; run it in a stack, whose `follows` names that layer"
 
@@ -40,6 +41,14 @@ class Followed(Cache):
             raise InputError("a layer can follow another one only after that has read, in the same pass")
         return self.owner.seen
 
+    def attend(self, q: Queries, stages: tuple[Stage, ...], rotary: Rotary | None) -> Outputs:
+        """What new queries read of the owner's keys and values, at the places that it gave their tokens."""
+        seen, n, total = self.read, q.shape[2], len(self)
+        own = None if seen.query_positions is None else seen.query_positions[:, -n:]
+        if rotary is not None:
+            q = rotary(q, torch.arange(total - n, total, device=q.device) if own is None else own.clamp(min=0))
+        return attend(q, seen.k, seen.v, *stages, query_positions=own, key_positions=seen.key_positions)
+
 
 class FollowedWeights(Followed):
     """What a follower of weights keeps: its own values, slot for slot as the other layer's keys."""
@@ -58,7 +67,8 @@ class FollowedWeights(Followed):
         return self.v
 
 
-def _root(owner: Cache | None, what: str) -> KeyValues:
+def root_of(owner: Cache | None, what: str) -> KeyValues:
+    """The cache that holds the keys and values which followers of `owner` read."""
     if isinstance(owner, Followed):
         return owner.owner
     if not isinstance(owner, KeyValues):
@@ -92,21 +102,13 @@ class KeyFollower(Mixer):
         """
         if cache is None:
             raise InputError(f"{type(self).__name__} {ALONE}")
-        seen = cache.read
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        own = seen.query_positions
-        if self.rotary is not None:
-            total = len(cache)
-            at = torch.arange(total - x.shape[1], total, device=x.device) if own is None else own[:, -x.shape[1] :].clamp(min=0)
-            q = self.rotary(q, at)
-        own = None if own is None else own[:, -x.shape[1] :]
-        out = attend(q, seen.k, seen.v, *stages, query_positions=own, key_positions=seen.key_positions)
+        out = cache.attend(self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), stages, self.rotary)
         made: Tokens = self.out(out.transpose(1, 2).flatten(2))
         return made
 
     def new_cache(self, owner: Cache | None = None) -> Followed:
         """A view of another layer's cache."""
-        return Followed(_root(owner, type(self).__name__))
+        return Followed(root_of(owner, type(self).__name__))
 
 
 class WeightFollower(Mixer):
@@ -151,4 +153,4 @@ class WeightFollower(Mixer):
 
     def new_cache(self, owner: Cache | None = None) -> FollowedWeights:
         """Values, beside another layer's cache."""
-        return FollowedWeights(_root(owner, type(self).__name__))
+        return FollowedWeights(root_of(owner, type(self).__name__))

@@ -75,6 +75,7 @@ def train_command(
     places = [dict(_pair(pair, "--evaluate-at") for pair in given.split(",")) for given in evaluate_at or []]
     settings = Settings(steps=steps, batch=batch, lr=lr, device=device, dtype=dtype, capture=capture)
     folder = Path("train") / problem.name if out is None else out
+    sys.path.insert(0, "")  # so that module:object finds a file beside the user
     try:
         found = compare(
             problem, mechanism or ["softmax"], seeds=seeds, width=width, layers=layers, heads=heads, settings=settings,

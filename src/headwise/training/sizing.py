@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +14,7 @@ from torch import nn
 
 from .. import registry
 from ..errors import HeadwiseError, InputError, RegistryError
-from ..nn import LanguageModel, Transformer, build
+from ..nn import LanguageModel, Transformer
 
 PLAIN = "softmax"
 ARCHITECTURE = "architecture"
@@ -37,7 +35,7 @@ class Contender:
     def is_architecture(self) -> bool:
         """Whether it is a whole model rather than a mixer of the stack."""
         known = self.name == PLAIN or self.name in registry.names("mechanism")
-        return not known and ARCHITECTURE in registry.kinds() and self.name in registry.names(ARCHITECTURE)
+        return not known and self.name in registry.names(ARCHITECTURE)
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,7 @@ def parse(given: Sequence[str]) -> list[Contender]:
 
 
 def _known() -> list[str]:
-    architectures = registry.names(ARCHITECTURE) if ARCHITECTURE in registry.kinds() else []
-    return [PLAIN, *registry.names("mechanism"), *architectures]
+    return [PLAIN, *registry.names("mechanism"), *registry.names(ARCHITECTURE)]
 
 
 def _contender(text: str) -> Contender:
@@ -111,7 +108,6 @@ def _contender(text: str) -> Contender:
     thing, _, rest = told.partition(":")
     if thing and "=" not in thing and name not in _known():  # one's own, as module:object
         name, told = f"{name}:{thing}", rest
-        sys.path.insert(0, "")  # so that it is found beside the user
     elif name not in _known():
         raise RegistryError(f"there is no mechanism or architecture {name!r}; there are: {', '.join(_known())}")
     options = {}
@@ -198,14 +194,9 @@ def _model(contender: Contender, sizes: Sizes, hidden: tuple[int, ...] | None) -
         except (TypeError, ValueError) as error:
             raise InputError(f"{contender} can't be built at width {sizes.width} with {sizes.heads} heads: {error}") from error
     made = registry.load(ARCHITECTURE, contender.name)
-    sized = getattr(importlib.import_module(made.__module__), "sized", None)
     options = {**contender.options, **chosen}
-    if sized is not None:
-        try:
-            model: LanguageModel = sized(*shape, sizes.context, **options)
-        except TypeError as error:
-            raise RegistryError(f"{contender} does not take the options {sorted(options)}: {error}") from error
-        return model
-    if "context" in inspect.signature(made).parameters:
-        options = {"context": sizes.context, **options}
-    return build(contender.name, *shape, **options)
+    try:
+        model: LanguageModel = importlib.import_module(made.__module__).sized(*shape, sizes.context, **options)
+    except TypeError as error:
+        raise RegistryError(f"{contender} does not take the options {sorted(options)}: {error}") from error
+    return model

@@ -61,9 +61,6 @@ def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = Non
         values = repeat_heads(take_keys(v, part.keys), x.groups)
         return torch.matmul(part.weights, values.to(part.weights.dtype)).to(v.dtype)
 
-    def saved(function: Callable[..., Any], *arguments: Any) -> Any:
-        return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
-
     parts = []
     for start, stop in row_blocks(x, rows):
         if keys is not None:
@@ -72,6 +69,11 @@ def run(read: Read, x: Operands, rows: int | None = None, keys: int | None = Non
         else:
             parts.append(saved(whole, start, stop))
     return apply_outputs(read, torch.cat(parts, dim=2) if parts else v.new_zeros(*x.q.shape[:3], v.shape[-1]), x)
+
+
+def saved(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result, computed again in the backward pass instead of keeping what it is made from."""
+    return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
 
 
 def splits(read: Read) -> bool:

@@ -100,9 +100,7 @@ class Chai(Mixer):
             seen = cache.extend(_heads(q, cache.kept), _heads(k, cache.kept), v, attention_mask, self.rotary)
             q, k = _heads(seen.q, cache.slot), _heads(seen.k, cache.slot)
             return self.projections.merge(attend(q, k, seen.v, *stages, **seen.places))
-        places = cache.places_of_next(x, attention_mask)
-        if places is None:
-            places = torch.arange(len(cache), len(cache) + x.shape[1], device=x.device).expand(len(x), -1)
+        places = cache.next_places(x, attention_mask).expand(len(x), -1)
         decided = self._decide(x.detach(), places, cache)
         seen = cache.extend(q, k, v, attention_mask, self.rotary)
         if not decided.any():

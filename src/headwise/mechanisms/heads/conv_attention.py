@@ -13,7 +13,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from .._caches import Cache, KeyValues
-from .._mixer import Attention, Mixer, Real, Tokens, largest
+from .._mixer import Attention, Mixer, Real, Tokens, largest, shake
 from .._norms import layer_norm
 
 CARD = Card(
@@ -171,11 +171,7 @@ def examples(heads: int, size: int) -> list[ConvAttention]:
         ConvAttention(width, heads, attention=heads, kernel=3, positions=False),
         ConvAttention(width, heads, attention=width),
     ]
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for mixer in made:
-            for parameter in mixer.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    shake((p for mixer in made for p in mixer.parameters()), seed=6, by=0.1)
     return made
 
 

@@ -122,10 +122,7 @@ class DualAttention(Mixer):
         cache = self.new_cache() if cache is None else cache
         values = [] if self.values is None else [self._split(self.values(x))]
         if self.symbols is not None:
-            places = cache.places_of_next(x, attention_mask)
-            if places is None:
-                places = torch.arange(len(cache), len(cache) + x.shape[1], device=x.device)[None]
-            symbols = self.symbols(x, places).expand(len(x), -1, -1)
+            symbols = self.symbols(x, cache.next_places(x, attention_mask)).expand(len(x), -1, -1)
             values += [self._split(self.symbol_values(symbols)), self._split(self.relation_keys(x))]
         q, k = self._split(self.queries(x)), self._split(self.keys(x))
         seen = cache.extend(q, k, torch.cat(values, 1), attention_mask, self.rotary)

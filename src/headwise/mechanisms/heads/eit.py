@@ -17,7 +17,7 @@ from ...card import Card
 from ...errors import ShapeError
 from ...stages.alibi import Alibi
 from ...stages.causal import Causal
-from .._mixer import Attention, Keys, Mechanism, Outputs, Positions, Queries, Values, largest
+from .._mixer import Attention, Keys, Mechanism, Outputs, Positions, Queries, Values, largest, shake
 
 CARD = Card(
     paper="EIT: Enhanced Interactive Transformer",
@@ -159,10 +159,7 @@ def examples(heads: int, size: int) -> list[Eit]:
 
 
 def _shaken(made: Eit) -> Eit:
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    shake(made.parameters(), seed=5)
     return made
 
 

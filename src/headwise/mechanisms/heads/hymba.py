@@ -18,7 +18,7 @@ from ...errors import ShapeError
 from ...stages.causal import Causal
 from ...stages.window import Window
 from .._caches import Cache, KeyValues, Recent
-from .._mixer import Mixer, Real, Tokens, largest
+from .._mixer import Mixer, Real, Tokens, largest, shake
 from ._selective_scan import selective_scan
 
 CARD = Card(
@@ -198,11 +198,8 @@ def oracle(mixer: Hymba, x: Tensor, visible: Tensor) -> Tensor:
 
 def _random(mixer: Hymba) -> Hymba:
     """With norms, decays and direct paths off their start, and steps large enough to matter."""
-    generator = torch.Generator().manual_seed(2)
+    shake((p for name, p in mixer.named_parameters() if "norm" in name or name.endswith(("direct", "log_decay"))), seed=2)
     with torch.no_grad():
-        for name, parameter in mixer.named_parameters():
-            if "norm" in name or name.endswith(("direct", "log_decay")):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
         mixer.space.widen.bias.add_(2.0)
     return mixer
 

@@ -16,7 +16,7 @@ from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
 from .._caches import Cache, KeyValues
-from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest
+from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest, shake
 
 CARD = Card(
     paper="Knocking-Heads Attention",
@@ -152,11 +152,7 @@ def oracle(mixer: KnockingHeads, x: Tensor, visible: Tensor) -> Tensor:
 
 
 def _random(mixer: KnockingHeads) -> KnockingHeads:
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in mixer.named_parameters():
-            if name.startswith("knock"):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    shake((p for name, p in mixer.named_parameters() if name.startswith("knock")), seed=5)
     return mixer
 
 

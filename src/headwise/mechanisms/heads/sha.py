@@ -15,7 +15,7 @@ from ...errors import ShapeError
 from ...stages.causal import Causal
 from ...stages.window import Window
 from .._caches import Cache, KeyValues
-from .._mixer import Attention, Mixer, Real, Tokens, largest
+from .._mixer import Attention, Mixer, Real, Tokens, largest, shake
 from .._norms import layer_norm
 
 CARD = Card(
@@ -127,11 +127,7 @@ def oracle(mixer: Sha, x: Tensor, visible: Tensor) -> Tensor:
 def examples(heads: int, size: int) -> list[Sha]:
     """Settings that the conformance checks run."""
     made = [Sha(heads * size), Sha(heads * size, memory=6), Sha(heads * size, memory=None)]
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for mixer in made:
-            for parameter in mixer.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
+    shake((p for mixer in made for p in mixer.parameters()), seed=2, by=0.5)
     return made
 
 

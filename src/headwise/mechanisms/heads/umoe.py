@@ -19,7 +19,7 @@ from ...errors import ShapeError
 from ...stages.causal import Causal
 from ...stages.window import Window
 from .._caches import Cache, KeyValues
-from .._mixer import Attention, Mixer, Real, Tokens, largest
+from .._mixer import Attention, Mixer, Real, Tokens, largest, shake
 
 CARD = Card(
     paper="UMoE: Unifying Attention and FFN with Shared Experts",
@@ -271,11 +271,7 @@ def examples(heads: int, size: int) -> list[Umoe]:
         Umoe(width, 5, 3, hidden=12, key_dim=6, rank=2, norm=True),
         Umoe(width, 4, 1, rank=4, shared=False, activation=False),
     ]
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for mixer in made:
-            for parameter in mixer.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    shake((p for mixer in made for p in mixer.parameters()), seed=3)
     return made
 
 

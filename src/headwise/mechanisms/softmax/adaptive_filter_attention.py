@@ -18,7 +18,7 @@ from ...errors import ShapeError
 from ...stages.causal import Causal
 from ...stages.window import Window
 from .._caches import Cache, KeyValues
-from .._mixer import Mixer, Real, Tokens, largest
+from .._mixer import Mixer, Real, Tokens, largest, shake
 
 CARD = Card(
     paper="Attention as an Adaptive Filter",
@@ -168,9 +168,8 @@ class AdaptiveFilterAttention(Mixer):
         wide = torch.promote_types(x.dtype, torch.float32)
         q, k, v = (self._states(f(x)) for f in (self.q, self.k, self.v))
         cache = self.new_cache() if cache is None else cache
-        places = cache.places_of_next(q, attention_mask)
-        at = torch.arange(len(cache), len(cache) + x.shape[1], device=x.device) if places is None else places.clamp(min=0)
-        angles = torch.atleast_2d(at)[:, None, :, None].to(wide) * self.frequencies(wide)[:, None]
+        at = cache.next_places(q, attention_mask).clamp(min=0)
+        angles = at[:, None, :, None].to(wide) * self.frequencies(wide)[:, None]
         seen = cache.extend(_turned(q, -angles), _turned(k, -angles), _turned(v, -angles), attention_mask)
         dynamics = self.dynamics(wide)
         filtering = (Precision(dynamics, self.robust), Carried(dynamics))
@@ -268,11 +267,8 @@ def examples(heads: int, size: int) -> list[AdaptiveFilterAttention]:
         AdaptiveFilterAttention(width, heads, 20, robust=False, process_noise=False, predict=True),
         AdaptiveFilterAttention(width, heads, 40, decay=False, gate=False, predict=True, head_dim=6),
     ]
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for mixer in made:
-            for parameter in (mixer.freedom, mixer.sharpness, *(f.bias for f in (mixer.q, mixer.k, mixer.v, mixer.out))):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    for_each = ((m.freedom, m.sharpness, *(f.bias for f in (m.q, m.k, m.v, m.out))) for m in made)
+    shake((p for parameters in for_each for p in parameters), seed=5, by=0.2)
     return made
 
 

@@ -14,7 +14,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Attention, Keys, Mechanism, Outputs, Positions, Queries, Values, largest
+from .._mixer import Attention, Keys, Mechanism, Outputs, Positions, Queries, Values, largest, shake
 from .._rotary import Rotary
 
 CARD = Card(
@@ -111,10 +111,7 @@ def examples(heads: int, size: int) -> list[ComplexFormer]:
 
 def _filled(heads: int, size: int, **options: Any) -> ComplexFormer:
     made = ComplexFormer(heads, size, **options)
-    generator = torch.Generator().manual_seed(heads)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    shake(made.parameters(), seed=heads)
     return made
 
 

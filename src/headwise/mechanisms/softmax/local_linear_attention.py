@@ -8,9 +8,9 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ...attention import attend
+from ...attention.backends.chunked import saved
 from ...attention.stage import Block, Stage, Weights
 from ...card import Card
 from ...errors import ShapeError
@@ -48,12 +48,7 @@ class LocalLinear(Weights):
         b, h, _, d = query.shape
         rows = max(16, self.chunk // (b * h * d * d * weights.element_size()))
         pieces = zip(weights.split(rows, 2), query.split(rows, 2), strict=True)
-        return torch.cat([w * _saved(_factors, w, q, key, self.ridge, rows) for w, q in pieces], 2)
-
-
-def _saved(function: Any, *arguments: Any) -> Any:
-    """The result, computed again in the backward pass instead of keeping what it is made from."""
-    return checkpoint(function, *arguments, use_reentrant=False) if torch.is_grad_enabled() else function(*arguments)
+        return torch.cat([w * saved(_factors, w, q, key, self.ridge, rows) for w, q in pieces], 2)
 
 
 def _factors(weights: Tensor, query: Tensor, key: Tensor, ridge: float, piece: int) -> Tensor:
@@ -68,7 +63,7 @@ def _factors(weights: Tensor, query: Tensor, key: Tensor, ridge: float, piece: i
     second = torch.zeros_like(squared)
     for start in range(0, key.shape[2], piece):
         stop = start + piece
-        second = second + _saved(_squares, share[..., start:stop], key[:, :, start:stop])
+        second = second + saved(_squares, share[..., start:stop], key[:, :, start:stop])
     rounding = 0.25 * torch.finfo(second.dtype).eps * second.diagonal(dim1=-2, dim2=-1).sum(-1)
     eye = torch.eye(query.shape[-1], device=query.device, dtype=query.dtype)
     slope = torch.linalg.solve(second - squared + (ridge + rounding)[..., None, None] * eye, query - mean)

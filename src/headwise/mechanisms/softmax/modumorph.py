@@ -13,7 +13,7 @@ from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from .._caches import Cache, KeyValues
-from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest
+from .._mixer import Attention, Mixer, Projections, Real, Tokens, largest, shake
 from .._norms import layer_norm
 
 CARD = Card(
@@ -115,11 +115,7 @@ def oracle(mixer: Modumorph, x: Tensor, visible: Tensor, context: Tensor | None 
 def examples(heads: int, size: int) -> list[Modumorph]:
     """Settings that the conformance checks run."""
     made = [Modumorph(heads * size, heads), Modumorph(heads * size, heads, kv_heads=heads // 2)]
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for mixer in made:
-            for parameter in mixer.norm.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
+    shake((p for mixer in made for p in mixer.norm.parameters()), seed=1, by=0.5)
     return made
 
 

@@ -15,7 +15,7 @@ from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
 from .._caches import Cache, KeyValues
-from .._mixer import Mixer, Real, Tokens, largest
+from .._mixer import Mixer, Real, Tokens, largest, shake
 from .._norms import layer_norm
 from .._rotary import Rotary
 
@@ -172,11 +172,7 @@ def examples(heads: int, size: int) -> list[Mqsa]:
     """Settings that the conformance checks run."""
     width = heads * size
     made = [Mqsa(width, heads), Mqsa(width, window=5, mix=0.3), Mqsa(width, heads, window=60, mix=0.7, feed_forward=False)]
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for mixer in made:
-            for parameter in mixer.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    shake((p for mixer in made for p in mixer.parameters()), seed=4, by=0.1)
     return made
 
 

@@ -16,7 +16,7 @@ from ...attention.stage import Block, Places, RowScore, Stage, Weights
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest
+from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest, shake
 
 CARD = Card(
     paper="Multi-Token Attention",
@@ -195,10 +195,7 @@ def examples(heads: int, size: int) -> list[Mta]:
 
 
 def _random(made: Mta) -> Mta:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    shake(made.parameters(), seed=7)
     return made
 
 

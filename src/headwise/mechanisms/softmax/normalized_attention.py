@@ -15,7 +15,7 @@ from ...attention.stage import Normalizer, Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._mixer import Attention, Keys, Mechanism, Outputs, Positions, Queries, Values, largest
+from .._mixer import Attention, Keys, Mechanism, Outputs, Positions, Queries, Values, largest, shake
 
 CARD = Card(
     paper="Normalized Attention Without Probability Cage",
@@ -122,10 +122,7 @@ def examples(heads: int, size: int) -> list[NormalizedAttention]:
         NormalizedAttention(heads, size, gelu=False, epsilon=0.1),
         NormalizedAttention(heads, size, norm=False, gelu=False),
     ]
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in (p for mechanism in made for p in mechanism.parameters()):
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    shake((p for mechanism in made for p in mechanism.parameters()), seed=5)
     return made
 
 

@@ -17,7 +17,7 @@ from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
 from .._caches import Cache, KeyValues, Seen
-from .._mixer import Mixer, Real, Tokens, largest
+from .._mixer import Mixer, Real, Tokens, largest, shake
 from .._rotary import Rotary
 
 CARD = Card(
@@ -198,11 +198,7 @@ def examples(heads: int, size: int) -> list[SharedDiff]:
 
 
 def _random(made: SharedDiff) -> SharedDiff:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in (made.q.up, made.k.up, made.vectors, made.gain):
-            if parameter is not None:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    shake((p for p in (made.q.up, made.k.up, made.vectors, made.gain) if p is not None), seed=3)
     return made
 
 

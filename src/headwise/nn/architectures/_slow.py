@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...mechanisms import Mixer
+from ...mechanisms import Attention, Mixer
 from ...stages.window import Window
 from ..transformer import Block, Transformer
 
@@ -89,9 +89,9 @@ def window_of(model: Transformer, at: int) -> int | None:
     return min(sizes) if sizes else None
 
 
-def slots(model: Transformer, layer: int, tokens: int) -> int:
-    """How many of so many tokens a layer still reads, by its window."""
-    window = window_of(model, model.order[layer])
+def slots(model: Transformer, at: int, tokens: int) -> int:
+    """How many of so many tokens a block still reads, by its window."""
+    window = window_of(model, at)
     return tokens if window is None else min(tokens, window)
 
 
@@ -105,6 +105,28 @@ def visible_to(model: Transformer, at: int, n: int) -> Tensor:
 def base_of(mixer: Mixer) -> float | None:
     """The base of a mixer's rotary embedding, None without one."""
     return None if mixer.rotary is None else mixer.rotary.base
+
+
+def merged(read: Tensor, out: nn.Module) -> Tensor:
+    """What heads have read (n, h, dv), mapped back: (n, width)."""
+    return heads_of(read.flatten(1), out, 1).flatten(1)
+
+
+def attention(model: Transformer, at: int, x: Tensor, base: float | None) -> Tensor:
+    """What the plain attention of a block gives for normed tokens x (n, width), rotated by a base if there is one."""
+    mixer = mixer_of(model, at)
+    assert isinstance(mixer, Attention)
+    p = mixer.projections
+    q, k, v = (heads_of(x, f, heads) for f, heads in ((p.q, p.heads), (p.k, p.kv_heads), (p.v, p.kv_heads)))
+    return merged(attention_rows(turned(q, base), turned(k, base), v, visible_to(model, at, len(x))), p.out)
+
+
+def shake_norms(models: Iterable[nn.Module]) -> None:
+    """Draws all vectors anew around one: norms, which begin with ones, and biases, which begin small."""
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, 1.0, 0.3)
 
 
 def gated_mlp(x: Tensor, block: Any) -> Tensor:

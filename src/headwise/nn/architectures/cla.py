@@ -164,7 +164,7 @@ def oracle(model: Transformer, ids: Tensor) -> Tensor:
             made[layer] = _slow.turned(k, base), v
         q = _slow.turned(_slow.heads_of(for_q, q_map, model.heads), base)
         read = _slow.attention_rows(q, *made[source], _slow.visible_to(model, at, len(ids)))
-        return _slow.heads_of(read.flatten(1), out, 1).flatten(1)
+        return _slow.merged(read, out)
 
     return _slow.stack(model, ids, mix)
 
@@ -176,10 +176,7 @@ def examples() -> list[Transformer]:
         cla(23, 32, 4, 4, tied=False, context=64),
         cla(23, 32, 4, 4, producers=[0, 1, 2], kv_heads=4, head_dim=6, separate_norms=False, windows=9, context=64),
     ]
-    for model in made:
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms begin with ones
-                nn.init.normal_(parameter, 1.0, 0.3)
+    _slow.shake_norms(made)
     return made
 
 

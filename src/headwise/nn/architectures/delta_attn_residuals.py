@@ -17,7 +17,6 @@ from ..model import LanguageModel
 from ..residual import Residual, Stream
 from ..transformer import Transformer
 from . import _slow
-from ._plain import attention
 
 CARD = Card(
     paper="Delta Attention Residuals",
@@ -218,7 +217,8 @@ def oracle(model: Transformer, ids: Tensor) -> Tensor:
             x = choice(layer, sources) if routing.sources == "states" else p + choice(layer, sources)
         block: Any = model.blocks[model.order[layer // 2]]
         if layer % 2 == 0:
-            made.append(attention(model, model.order[layer // 2], _slow.normed(x, block.norm)))
+            at = model.order[layer // 2]
+            made.append(_slow.attention(model, at, _slow.normed(x, block.norm), _slow.base_of(block.mixer)))
         else:
             made.append(_slow.gated_mlp(_slow.normed(x, block.feed_norm), block.feed_forward))
     x = torch.stack(made).sum(0)
@@ -240,7 +240,7 @@ def examples() -> list[Transformer]:
 
 def kept(model: Transformer, tokens: int) -> int:
     """Numbers that the caches hold: keys and values of all layers, as without routing, which is a matter of one token."""
-    return sum(2 * model.width * _slow.slots(model, layer, tokens) for layer in range(len(model.order)))
+    return sum(2 * model.width * _slow.slots(model, at, tokens) for at in model.order)
 
 
 def sized(vocabulary: int, width: int, layers: int, heads: int, tokens: int, **options: Any) -> Transformer:

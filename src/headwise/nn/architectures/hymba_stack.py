@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ...attention import attend
 from ...attention.stage import Stage
 from ...card import Card
 from ...errors import InputError, ShapeError
 from ...mechanisms import Cache, KeyValues, Mixer
 from ...mechanisms._mixer import Real, Tokens, largest
-from ...mechanisms.following import ALONE, Followed
+from ...mechanisms.following import ALONE, Followed, root_of
 from ...mechanisms.heads.hymba import HybridState, Hymba, Norm, StateSpace
 from ...stages.sink import Sink
 from ...stages.window import Window
@@ -85,14 +84,9 @@ class HybridFollower(Mixer):
         """
         if cache is None:
             raise InputError(f"{type(self).__name__} {ALONE}")
-        seen, n = cache.read, x.shape[1]
         q, u, gate = self.inward(x).split(self.parts, -1)
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        own = seen.query_positions
-        if self.rotary is not None:
-            total = len(cache)
-            q = self.rotary(q, torch.arange(total - n, total, device=x.device) if own is None else own.clamp(min=0))
-        attended = attend(q, seen.k, seen.v, *stages, **seen.places).transpose(1, 2).flatten(2)
+        attended = cache.attend(q, stages, self.rotary).transpose(1, 2).flatten(2)
         remembered = self.space(u, cache.own, attention_mask) * F.silu(gate)
         both = (self.attention_norm(attended) + self.space_norm(remembered)) / 2
         out: Tensor = self.out(both.to(x.dtype))
@@ -100,10 +94,7 @@ class HybridFollower(Mixer):
 
     def new_cache(self, owner: Cache | None = None) -> FollowedHybrid:
         """A view of another layer's cache, and an empty state."""
-        root = owner.owner if isinstance(owner, Followed) else owner
-        if not isinstance(root, KeyValues):
-            raise InputError(f"{type(self).__name__} {ALONE}")
-        return FollowedHybrid(root, self.space.conv.kernel_size[0] - 1)
+        return FollowedHybrid(root_of(owner, type(self).__name__), self.space.conv.kernel_size[0] - 1)
 
 
 class MetaDecoder(Transformer):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...card import Card
 from ...errors import ShapeError
@@ -121,7 +121,7 @@ def oracle(model: Transformer, ids: Tensor) -> Tensor:
             made[layer] = made[owner if owner >= 0 else layer + owner]  # links of a chain hand on what they read
         q = _slow.turned(_slow.heads_of(x, of.q, model.heads), base)
         read = _slow.attention_rows(q, *made[layer], inclusive if word == "window" else _slow.causal(n))
-        return _slow.heads_of(read.flatten(1), of.out, 1).flatten(1)
+        return _slow.merged(read, of.out)
 
     return _slow.stack(model, ids, mix)
 
@@ -134,10 +134,7 @@ def examples() -> list[Transformer]:
         mix_attention(23, 32, 5, 4, context=64, window=9, layout=own, bias=True, tied=False),
         mix_attention(23, 32, 3, 4, context=64, window=0, layout=["full", "window", ["window", 0]], head_dim=6),
     ]
-    for model in made:
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms begin with ones
-                nn.init.normal_(parameter, 1.0, 0.3)
+    _slow.shake_norms(made)
     return made
 
 

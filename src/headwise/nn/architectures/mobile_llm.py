@@ -108,12 +108,7 @@ def oracle(model: Transformer, ids: Tensor) -> Tensor:
     """One sequence ids (n,): logits (n, vocabulary), a token at a time: x <- B(B(x)) for each block, if it repeats."""
 
     def mix(layer: int, at: int, x: Tensor) -> Tensor:
-        mixer = _slow.mixer_of(model, at)
-        p = cast(Attention, mixer).projections
-        q, k, v = (_slow.heads_of(x, f, heads) for f, heads in ((p.q, p.heads), (p.k, p.kv_heads), (p.v, p.kv_heads)))
-        q, k = _slow.turned(q, 10000.0), _slow.turned(k, 10000.0)
-        read = _slow.attention_rows(q, k, v, _slow.visible_to(model, at, len(ids)))
-        return _slow.heads_of(read.flatten(1), p.out, 1).flatten(1)
+        return _slow.attention(model, at, x, 10000.0)
 
     repeat = model.config.get("repeat", 1)
     return _slow.stack(model, ids, mix, [layer // repeat for layer in range(repeat * len(model.blocks))])
@@ -136,9 +131,8 @@ def kept(model: Transformer, tokens: int) -> int:
     """Numbers that the caches hold after so many tokens: keys and values of each run of each block."""
     numbers = 0
     for at, block in enumerate(model.blocks):
-        of, window = cast(Attention, block.mixer).projections, _slow.window_of(model, at)
-        slots = tokens if window is None else min(tokens, window)
-        numbers += int(model.config.get("repeat", 1)) * 2 * of.kv_heads * of.head_dim * slots
+        of = cast(Attention, block.mixer).projections
+        numbers += int(model.config.get("repeat", 1)) * 2 * of.kv_heads * of.head_dim * _slow.slots(model, at, tokens)
     return numbers
 
 

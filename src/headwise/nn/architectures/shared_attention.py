@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...card import Card
 from ...errors import ShapeError
@@ -109,7 +109,7 @@ def oracle(model: Transformer, ids: Tensor) -> Tensor:
             q, k = (_slow.turned(part, _slow.base_of(mixer)) for part in (q, k))
             weights.append(_slow.attention_weights(q, k, _slow.visible_to(model, at, len(ids))))
         read = _slow.read(weights[-1], _slow.heads_of(x, of.v, of.kv_heads))
-        return _slow.heads_of(read.flatten(1), of.out, 1).flatten(1)
+        return _slow.merged(read, of.out)
 
     return _slow.stack(model, ids, mix)
 
@@ -122,10 +122,7 @@ def examples() -> list[Transformer]:
         shared_attention(23, 32, 4, 4, context=64, windows=[7, 7, None, None]),
         share(Transformer(23, 32, 3, 4, context=64, positions="learned", causal=False), [1, 2]),
     ]
-    for model in made:
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms begin with ones
-                nn.init.normal_(parameter, 1.0, 0.3)
+    _slow.shake_norms(made)
     return made
 
 
