@@ -19,7 +19,7 @@ PYTHON = sorted([*SOURCE.rglob("*.py"), *TESTS.glob("*.py"), *(ROOT / "training"
 # What each room may import from. Rooms further down know nothing of those above.
 FLOORS = (
     {"types", "errors", "card", "version", "registry", "progress", "prompts"},
-    {"attention"},
+    {"attention", "recurrence"},
     {"stages"},
     {"mechanisms", "caches", "zoo"},
     {"nn"},

@@ -68,6 +68,7 @@ class Mixer(nn.Module, ABC):
     rotary: rotates queries and keys by their places, if its reading is a product of queries and keys and `rotates`; None for
         no rotation, as it is built.
     follows: reads what another layer has kept; its caches are made of that layer's.
+    bounded: the bytes of its cache do not grow with the tokens read.
     cannot: what it can't do, each with the reason in words: "causal", "full" (reading both sides), "padding", "decode".
     """
 
@@ -75,6 +76,7 @@ class Mixer(nn.Module, ABC):
     rotates: bool = False
     rotary: Rotary | None = None
     follows: bool = False
+    bounded: bool = False
     cannot: Mapping[str, str] = {}
 
     @abstractmethod

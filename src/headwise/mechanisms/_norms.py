@@ -12,3 +12,22 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if norm.bias is None else norm.bias.to(wide)
     return F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), bias, norm.eps).to(x.dtype)
+
+
+class Rms(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 at least.
+
+    Args:
+        weight: without one it only normalises (SimpleRMSNorm).
+    """
+
+    def __init__(self, size: int, epsilon: float = 1e-6, weight: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> the same, in float32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return normed if self.weight is None else normed * self.weight.to(wide.dtype)

@@ -69,7 +69,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     """The largest difference; infinite where only one is NaN."""
     difference = (a - b).abs()
     difference = torch.where(a.isnan() & b.isnan(), torch.zeros_like(difference), difference)
-    return float(difference.nan_to_num(torch.inf).max()) if difference.numel() else 0.0
+    return float(difference.detach().nan_to_num(torch.inf).max()) if difference.numel() else 0.0
 
 
 def noise(runner: Runner, step: float) -> float:

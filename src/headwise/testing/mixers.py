@@ -16,6 +16,7 @@ from ..stages.causal import Causal
 from ._build import built_anew, instances
 from ._check import Item, Skipped, require
 from ._groups import GroupedKernel, GroupedModule, require_repeated
+from ._mixer_forms import require_bounded, require_documents_apart, require_forms_agree, require_weights_implied
 from ._mixer_measures import (
     N,
     able,
@@ -270,6 +271,26 @@ def check_rotary(item: Item) -> None:
 def check_masked_rows(item: Item) -> None:
     """Rows that see nothing, and a row of padding only, give no NaN, forward or backward, and reach no other row."""
     each(item, require_masked_rows_clean)
+
+
+def check_forms(item: Item) -> None:
+    """A state's three forms agree: outputs, gradients and last states, whatever the chunk."""
+    each(item, require_forms_agree)
+
+
+def check_implied_weights(item: Item) -> None:
+    """The weights that a state implies, times the values, are what the heads read."""
+    each(item, require_weights_implied)
+
+
+def check_documents(item: Item) -> None:
+    """Documents packed into a row are each as if alone, where a state must be cleared for it."""
+    each(item, require_documents_apart)
+
+
+def check_bounded(item: Item) -> None:
+    """A cache that says it does not grow with the tokens does not."""
+    each(item, require_bounded)
 
 
 def check_groups(item: Item) -> None:

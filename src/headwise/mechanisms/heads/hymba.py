@@ -19,6 +19,7 @@ from ...stages.causal import Causal
 from ...stages.window import Window
 from .._caches import Cache, KeyValues, Recent
 from .._mixer import Mixer, Real, Tokens, largest, shake
+from .._norms import Rms
 from ._selective_scan import selective_scan
 
 CARD = Card(
@@ -49,20 +50,6 @@ class HybridState(KeyValues):
         return (*super().tensors(), self.state, self.recent.rows)
 
 
-class Norm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 at least."""
-
-    def __init__(self, size: int, epsilon: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> the same, in float32 at least."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon) * self.weight.to(wide.dtype)
-
-
 class StateSpace(nn.Module):
     """One Mamba-1 head of `size` channels: a state of `states` numbers a channel, whose steps the tokens choose.
 
@@ -74,7 +61,7 @@ class StateSpace(nn.Module):
         self.conv = nn.Conv1d(size, size, kernel, groups=size)
         self.choose = nn.Linear(size, rank + 2 * states, bias=False)
         self.widen = nn.Linear(rank, size)
-        self.norms = nn.ModuleList(Norm(part) for part in (rank, states, states))
+        self.norms = nn.ModuleList(Rms(part) for part in (rank, states, states))
         self.log_decay = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(size, 1))
         self.direct = nn.Parameter(torch.ones(size))
         nn.init.uniform_(self.widen.weight, -(rank**-0.5), rank**-0.5)
@@ -132,7 +119,7 @@ class Hymba(Mixer):
         self.parts = (width, shared, expand * shared, inner, inner)  # queries, keys, values, state space, its gate
         self.inward = nn.Linear(width, sum(self.parts), bias=False)
         self.space = StateSpace(inner, states, math.ceil(width / 16) if rank is None else rank, kernel)
-        self.attention_norm, self.space_norm = Norm(inner), Norm(inner)
+        self.attention_norm, self.space_norm = Rms(inner), Rms(inner)
         self.out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tokens, *stages: Stage, cache: HybridState | None = None, attention_mask: Real | None = None) -> Tokens:

@@ -18,7 +18,8 @@ from ...errors import InputError, ShapeError
 from ...mechanisms import Cache, KeyValues, Mixer
 from ...mechanisms._mixer import Real, Tokens, largest
 from ...mechanisms.following import ALONE, Followed, root_of
-from ...mechanisms.heads.hymba import HybridState, Hymba, Norm, StateSpace
+from ...mechanisms._norms import Rms
+from ...mechanisms.heads.hymba import HybridState, Hymba, StateSpace
 from ...stages.sink import Sink
 from ...stages.window import Window
 from ..build import named
@@ -74,7 +75,7 @@ class HybridFollower(Mixer):
         self.parts = (width, inner, inner)  # queries, state space, its gate
         self.inward = nn.Linear(width, sum(self.parts), bias=False)
         self.space = StateSpace(inner, states, math.ceil(width / 16) if rank is None else rank, kernel)
-        self.attention_norm, self.space_norm = Norm(inner, EPSILON), Norm(inner, EPSILON)
+        self.attention_norm, self.space_norm = Rms(inner, EPSILON), Rms(inner, EPSILON)
         self.out = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tokens, *stages: Stage, cache: FollowedHybrid | None = None, attention_mask: Real | None = None) -> Tokens:
