@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from headwise.errors import ShapeError, BackendError
+from headwise.errors import BackendError, ShapeError
 from headwise.recurrence import explain, recur, starts_of, weights
 
 B, H, N, D, DV = 2, 3, 41, 6, 5
@@ -145,7 +145,7 @@ def test_levels():
     assert held.tolist() == [bool(N >> bit & 1) for bit in range(6)]
 
 
-@pytest.mark.parametrize("dtype, allowed", [(torch.float64, 1e-10), (torch.float32, 2e-3)])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-10), (torch.float32, 2e-3)])
 def test_fast_decay_stays_finite_and_exact(dtype, allowed):
     given = {name: t.detach().to(dtype) for name, t in tensors("channel_delta").items()}
     given["decay"] = given["decay"] * 200
@@ -167,7 +167,8 @@ def test_half_precision_is_computed_in_float32():
     given = {name: t.detach() for name, t in tensors("gated_delta", dtype=torch.float32).items()}
     low = {name: t.bfloat16() for name, t in given.items()}
     out, state = recur(**low)
-    assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert out.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
     torch.testing.assert_close(out, recur(**{name: t.float() for name, t in low.items()}).out.bfloat16(), rtol=0, atol=0)
 
 

@@ -14,20 +14,21 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), bias, norm.eps).to(x.dtype)
 
 
+def rms_normed(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """x / rms(x) over the last dimension, in float32 at least: an RMS norm without weights."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+
+
 class Rms(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 at least.
+    """x / rms(x) * weight over the last dimension, in float32 at least."""
 
-    Args:
-        weight: without one it only normalises (SimpleRMSNorm).
-    """
-
-    def __init__(self, size: int, epsilon: float = 1e-6, weight: bool = True) -> None:
+    def __init__(self, size: int, epsilon: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size)) if weight else None
+        self.weight = nn.Parameter(torch.ones(size))
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> the same, in float32 at least."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return normed if self.weight is None else normed * self.weight.to(wide.dtype)
+        normed = rms_normed(x, self.epsilon)
+        return normed * self.weight.to(normed.dtype)

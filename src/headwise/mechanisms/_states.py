@@ -37,7 +37,7 @@ class StateCache(Cache):
         """See `Cache.tensors`."""
         return (self.state, *(recent.rows for recent in self.recent.values()))
 
-    def count(self, like: Tensor) -> Int[Tensor, " b"]:
+    def count(self, like: Tensor) -> Tensor:
         """How many tokens each row has read, padding not counted."""
         return torch.full((len(like),), self.total, device=like.device) if self.counted is None else self.counted
 
@@ -53,7 +53,7 @@ class Pass:
     cache: StateCache
     causal: bool
     real: Bool[Tensor, "b n"] | None
-    count: Int[Tensor, " b"]
+    count: Tensor
     places: Int[Tensor, "b n"]
     ids: Int[Tensor, "b n"] | None = None
     starts: Bool[Tensor, "b n"] | None = None
@@ -64,7 +64,7 @@ class Pass:
         return x if rotary is None else rotary(x, self.places)
 
     def convolved(
-        self, name: str, x: Float[Tensor, "b n c"], weight: Float[Tensor, "c taps"], bias: Float[Tensor, " c"] | None = None
+        self, name: str, x: Float[Tensor, "b n c"], weight: Float[Tensor, "c taps"], bias: Tensor | None = None
     ) -> Float[Tensor, "b n c"]:
         """A causal depthwise convolution: out_t = bias + sum_a weight[:, a] x_(t - taps + 1 + a), within a document.
 

@@ -28,7 +28,7 @@ def plan(given: Inputs, backend: str = "auto") -> Plan:
     """
     if backend not in ("auto", *ORDER):
         raise BackendError(f"there is no backend {backend!r} for recurrences; there are: auto, {', '.join(ORDER)}")
-    refused = {}
+    refused: dict[str, str] = {}
     for name in ORDER if backend == "auto" else (backend,):
         why = _refusal(name, given)
         if why is None:

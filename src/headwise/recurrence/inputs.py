@@ -31,7 +31,7 @@ class Inputs:
     levels: Float[Tensor, "b h n levels"] | None = None
     documents: Int[Tensor, "b n"] | None = None
     state: Tensor | None = None
-    count: Int[Tensor, " b"] | None = None
+    count: Tensor | None = None
     real: Bool[Tensor, "b n"] | None = None
 
     @property
@@ -64,12 +64,12 @@ class Inputs:
 
     def part(self, first: int, end: int, state: Tensor | None, count: Tensor | None = None) -> Inputs:
         """Some of the tokens, from another state."""
-        tensors = (self.q, self.k, self.v, self.decay, self.write, self.erase, self.levels)
-        cut = [None if t is None else t[:, :, first:end] for t in tensors]
+        names = ("q", "k", "v", "decay", "write", "erase", "levels")
+        cut = {name: None if getattr(self, name) is None else getattr(self, name)[:, :, first:end] for name in names}
         documents = self.documents
         if documents is not None:
             documents = documents[:, first:end] - (documents[:, first - 1 : first] if first else 0)
-        return Inputs(*cut, documents=documents, state=state, count=count)  # type: ignore[arg-type]
+        return replace(self, **cut, documents=documents, state=state, count=count)
 
     def padded(self, multiple: int) -> Inputs:
         """With empty tokens at the end, which read, write and forget nothing, up to a multiple of so many."""

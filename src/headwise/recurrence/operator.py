@@ -36,7 +36,7 @@ def recur(
     levels: Float[Tensor, "b h n levels"] | None = None,
     starts: Bool[Tensor, "b n"] | None = None,
     state: Tensor | None = None,
-    count: Int[Tensor, " b"] | None = None,
+    count: Tensor | None = None,
     real: Bool[Tensor, "b n"] | None = None,
     form: str = "chunk",
     chunk: int = SIZE,
@@ -98,8 +98,8 @@ def weights(
     return implied(wide(inputs(q, k, empty, decay, write, erase, levels, starts, None, None, real))).to(q.dtype)
 
 
-def starts_of(cu_seqlens: Int[Tensor, " documents_and_one"], device: torch.device | None = None) -> Bool[Tensor, "1 n"]:
-    """Where documents begin in one packed row, from their cumulated lengths 0, n1, n1 + n2, ..., as fla and flash-attn take them."""
+def starts_of(cu_seqlens: Tensor, device: torch.device | None = None) -> Bool[Tensor, "1 n"]:
+    """Where documents begin in one packed row, from their cumulated lengths 0, n1, n1 + n2, ..., as other libraries take them."""
     if cu_seqlens.dim() != 1 or int(cu_seqlens[0]) != 0 or bool((cu_seqlens.diff() < 0).any()):
         raise ShapeError("cu_seqlens are cumulated lengths: 0, then rising")
     starts = torch.zeros(1, int(cu_seqlens[-1]), dtype=torch.bool, device=device)

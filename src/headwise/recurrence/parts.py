@@ -47,7 +47,7 @@ def _by_channel(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     return torch.cat([torch.cat([first, torch.zeros_like(below.mT)], -1), torch.cat([below, second], -1)], -2)
 
 
-def level_of(i: Int[Tensor, "..."], j: Int[Tensor, "..."], levels: int) -> Int[Tensor, "..."]:
+def level_of(i: Int[Tensor, ...], j: Int[Tensor, ...], levels: int) -> Int[Tensor, ...]:
     """The bucket of token j for a query at token i: 0 for itself, else the number of bits of i XOR j; the last holds the rest."""
     apart = i ^ j
     found = torch.zeros_like(apart)
@@ -64,8 +64,8 @@ def level_weights(
     return levels.gather(-1, at.expand(*levels.shape[:-1], at.shape[-1]))
 
 
-def merged(buckets: Float[Tensor, "b h levels d dv"], new: Float[Tensor, "b h d dv"], count: Int[Tensor, " b"]) -> Tensor:
-    """Buckets after one more, the `count`-th: they are the bits of the count, and are joined as bits carry; the last never moves."""
+def merged(buckets: Float[Tensor, "b h levels d dv"], new: Float[Tensor, "b h d dv"], count: Tensor) -> Tensor:
+    """Buckets after one more, the `count`-th of (b,): the bits of the count, joined as bits carry; the last never moves."""
     bits = torch.arange(buckets.shape[2], device=buckets.device)
     least = ((count[:, None] >> bits) & 1) | (bits == bits[-1:])
     at = least.long().argmax(1, keepdim=True)

@@ -29,7 +29,7 @@ class ShortConvolutions(nn.Module):
         """x (b, n, channels), convolved within documents; x itself if there is no convolution."""
         if name not in self.weights:
             return x
-        return now.convolved(name, x, self.weights[name], self.biases[name] if name in self.biases else None)
+        return now.convolved(name, x, self.weights[name], self.biases.get(name, None))
 
 
 def l2_normed(x: Tensor, epsilon: float = 1e-6) -> Tensor:

@@ -25,7 +25,7 @@ CARD = Card(
     source=(
         "arXiv:2406.06484, sec. 3, and the authors' library: queries, keys and values go through a short convolution and SiLU, "
         "queries and keys are then normalised by their length (rsqrt of the sum of squares + 1e-6), queries divided by sqrt(d); "
-        "each head's output goes through an RMS norm with weights, 1e-5. No output gate by default. The paper's older form (1 + ELU, "
+        "each head's output goes through an RMS norm with weights, 1e-5. No output gate by default. The older form (1 + ELU, "
         "sum of one) is not built"
     ),
 )
