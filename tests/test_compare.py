@@ -16,7 +16,7 @@ from headwise.errors import InputError, RegistryError
 from headwise.training import Settings, plot, problem_of, sizing, trainer
 from headwise.training.command import train_command
 
-compare_module = importlib.import_module("headwise.training.compare")
+compare_module = importlib.import_module("headwise.training.comparison")
 compare = compare_module.compare
 SMALL = {"pairs": 2, "length": 16, "keys": 8, "values": 8, "offset": 4}
 QUICK = Settings(steps=24, batch=8, rows=16, points=4)

@@ -306,3 +306,10 @@ def test_on_the_cpu_steps_are_plain():
     step = captured.step_for(model, optimizer.adamw(model, 1e-2), None, capture=True)
     assert type(step) is captured.PlainStep
     assert captured.told(step)[0] is False
+
+
+def test_public_names_stay_functions_however_often_they_are_imported():
+    """A module of the same name would take their place once it is loaded."""
+    from headwise import training
+
+    assert all(not isinstance(getattr(training, name), type(training)) for name in [*training.__all__, *training.__all__])

@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compare import Comparison, Entry, Spread, compare, problem_of
+    from .comparison import Comparison, Entry, Spread, compare, problem_of
     from .problems import IGNORE, Batch, Problem, Tally
     from .trainer import Settings, Trained, judge, train
 
 _PLACES = {
-    "compare": ("Comparison", "Entry", "Spread", "compare", "problem_of"),
+    "comparison": ("Comparison", "Entry", "Spread", "compare", "problem_of"),
     "problems": ("IGNORE", "Batch", "Problem", "Tally"),
     "trainer": ("Settings", "Trained", "judge", "train"),
 }

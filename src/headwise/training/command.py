@@ -64,7 +64,7 @@ def train_command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Trains small models of equal parameters on a problem, and says what each mechanism buys."""
-    from .compare import compare, problem_of
+    from .comparison import compare, problem_of
     from .plot import plot
     from .trainer import Settings
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .compare import Comparison, Entry, Spread
+from .comparison import Comparison, Entry, Spread
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and line styles for those who see none
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

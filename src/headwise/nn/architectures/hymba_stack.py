@@ -17,8 +17,8 @@ from ...card import Card
 from ...errors import InputError, ShapeError
 from ...mechanisms import Cache, KeyValues, Mixer
 from ...mechanisms._mixer import Real, Tokens, largest
-from ...mechanisms.following import ALONE, Followed, root_of
 from ...mechanisms._norms import Rms
+from ...mechanisms.following import ALONE, Followed, root_of
 from ...mechanisms.heads.hymba import HybridState, Hymba, StateSpace
 from ...stages.sink import Sink
 from ...stages.window import Window
