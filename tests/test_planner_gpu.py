@@ -100,3 +100,25 @@ def test_decoding_on_a_gpu(name):
         whole = attend(*x, *stages)
         one = attend(x[0][:, :, -1:], x[1], x[2], *stages)
     torch.testing.assert_close(one, whole[:, :, -1:], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("stages", [(Causal(),), (Causal(), Window(200))], ids=["causal", "window"])
+def test_gradients_are_right_however_the_gradient_that_comes_is_laid_out(kv_heads, stages):
+    """PyTorch keeps plans of cuDNN's backward pass for a layout that it does not look at again."""
+    for tokens in (64, 640):
+        generator = torch.Generator("cuda").manual_seed(tokens)
+        shapes = [(2, heads, tokens, 32) for heads in (4, kv_heads, kv_heads, 4)]
+        q, k, v, comes = (torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in shapes)
+        leaves = [t.double().requires_grad_() for t in (q, k, v)]
+        wanted = torch.autograd.grad(attend(*leaves, *stages, backend="reference"), leaves, comes.double())
+        for layout in ("as it is", "tokens before heads", "as it is", "a part of something larger"):
+            if layout == "tokens before heads":
+                comes = comes.transpose(1, 2).contiguous().transpose(1, 2)
+            elif layout == "a part of something larger":
+                comes = torch.cat([comes, comes], -1)[..., :32]
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            found = torch.autograd.grad(attend(*leaves, *stages), leaves, comes)
+            for mine, right in zip(found, wanted, strict=True):
+                off = float((mine.double() - right).norm() / right.norm())
+                assert off < 0.02, (layout, tokens, off)

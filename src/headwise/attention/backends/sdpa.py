@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +83,36 @@ def _padded(x: Operands, causal: bool, scale: float) -> Tensor:
     wide, dv = x.q.shape[-1], x.v.shape[-1]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v))
     v = F.pad(x.v, (0, wide - dv)) if dv < wide and (trains or not _cudnn(x)) else x.v
-    out = F.scaled_dot_product_attention(x.q, x.k, v, is_causal=causal, scale=scale, enable_gqa=x.groups > 1)
-    return out[..., :dv]
+    return _attended(x.q, x.k, v, is_causal=causal, scale=scale, enable_gqa=x.groups > 1)[..., :dv]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """PyTorch's fused attention, with right gradients."""
+    out = F.scaled_dot_product_attention(q, k, v, **options)
+    if out.is_cuda and out.requires_grad:
+        out = _GradientLaidOut.apply(out)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _GradientLaidOut(torch.autograd.Function):
+    """The same tensor; its gradient is laid out in memory as it is.
+
+    cuDNN's attention, which PyTorch chooses by itself on Hopper, keeps the plan of its backward pass by shapes and by the
+    layouts of q, k and v, not of the gradient: with one laid out otherwise than at the first call, gradients of q, k and v come
+    out wrong without a word (torch 2.11, cuDNN 9.19).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        ctx.layout = out.shape, out.stride()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        shape, stride = ctx.layout
+        if grad.stride() == stride:
+            return grad
+        return torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 def _fused(read: Read, x: Operands) -> bool:
@@ -139,7 +168,7 @@ def _rows(read: Read, x: Operands, start: int, stop: int) -> Tensor:
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
     if attn_mask.dim() < 4 or attn_mask.shape[-1] != key.shape[2]:
         attn_mask = attn_mask.expand(-1, -1, -1, key.shape[2])
-    out = F.scaled_dot_product_attention(block.query, key, value, attn_mask=attn_mask, scale=read.scale)
+    out = _attended(block.query, key, value, attn_mask=attn_mask, scale=read.scale)
     if attn_mask.dtype != torch.bool:  # a row of nothing but -inf is defined as zero, whatever the kernel makes of it
         out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0) if read.normalizer is None else out
     return out
