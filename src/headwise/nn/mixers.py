@@ -10,6 +10,7 @@ from .. import registry
 from ..errors import RegistryError, ShapeError
 from ..mechanisms import Attention, Mechanism, Mixer
 from ..mechanisms.by_head import ByHead
+from ..mechanisms.side_by_side import SideBySide
 
 # One layer's mixer: a name; a name with options; how many heads run each of several mechanisms; or a module
 Spec: TypeAlias = str | tuple[str, Mapping[str, Any]] | list[Any] | Mapping[str, int] | Mixer | Mechanism
@@ -23,7 +24,7 @@ def mixer(spec: Spec, width: int, heads: int, tokens: int) -> Mixer:
 
     spec: "softmax" for plain attention; a mechanism of the inventory, at its paper's settings, or one of your own as
         "module:object", whose module has `sized`; a pair of a name and its options; {name: heads} for heads of several
-        mechanisms side by side; or a module, which is taken as it is.
+        mechanisms or mixers side by side; or a module, which is taken as it is.
 
     Raises: RegistryError for an unknown name. ShapeError if sizes do not fit.
     """
@@ -40,9 +41,8 @@ def mixer(spec: Spec, width: int, heads: int, tokens: int) -> Mixer:
         if sum(spec.values()) != heads:
             raise ShapeError(f"{dict(spec)} names {sum(spec.values())} heads, the layer has {heads}")
         parts = [(_named(name, count, size, tokens, {}), count) for name, count in spec.items()]
-        for (part, _), name in zip(parts, spec, strict=True):
-            if isinstance(part, Mixer):
-                raise RegistryError(f"{name!r} has projections of its own, so it can't take some of a layer's heads")
+        if any(isinstance(part, Mixer) for part, _ in parts):  # with projections of its own
+            return SideBySide([p if isinstance(p, Mixer) else Attention(count * size, count, p) for p, count in parts])
         return Attention(width, heads, ByHead([(part, count) for part, count in parts if not isinstance(part, Mixer)]))
     name, options = (spec, {}) if isinstance(spec, str) else (spec[0], spec[1])
     made = _named(name, heads, size, tokens, options)
