@@ -54,13 +54,17 @@ class SideBySide(Mixer):
     def forward(self, x: Tokens, *stages: Stage, cache: Several | None = None, attention_mask: Real | None = None) -> Tokens:
         """See `Mixer.forward`."""
         outs = []
-        parts: Any = self.parts
-        for number, (part, own) in enumerate(zip(parts, self.inward(x).split(self.widths, -1), strict=True)):
-            if part.rotates:
-                part.rotary = self.rotary
+        for number, (part, own) in enumerate(zip(self.turning(), self.inward(x).split(self.widths, -1), strict=True)):
             kept = None if cache is None else cache.caches[number]
             outs.append(part(own, *stages, *self.stages[number], cache=kept, attention_mask=attention_mask))
         return torch.cat(outs, -1)
+
+    def turning(self) -> list[Mixer]:
+        """The parts, those that rotate with the layer's rotary embedding."""
+        parts: Any = self.parts
+        for part in parts:
+            part.rotary = self.rotary if part.rotates else None
+        return list(parts)
 
     def new_cache(self, owner: Cache | None = None) -> Several:
         """An empty cache of each part."""
