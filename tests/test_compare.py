@@ -341,3 +341,18 @@ def test_the_command_says_how_to_go_on(command, tmp_path, monkeypatch, capsys):
         command("copy", "--out", tmp_path, "-q")
     assert stopped.value.code == 130
     assert f"what was finished is in {tmp_path}, and the same command goes on from there" in capsys.readouterr().err
+
+
+def test_what_is_learned_against_the_bytes_that_are_kept(tmp_path):
+    from headwise.training.plot import plot_memory
+
+    settings = Settings(steps=2, batch=2, rows=8, points=1)
+    names = ["softmax", "delta_net", "hybrid:linear=delta_net,ratio=1", "hybrid:linear=delta_net,ratio=0"]
+    found = compare(problem_of("copy"), names, seeds=2, width=16, layers=2, heads=2, settings=settings, show_progress=False)
+    text = plot_memory(found, tmp_path / "memory.svg").read_text(encoding="utf-8")
+    assert all(f">{name}<" in text for name in ("softmax", "delta_net", "hybrid, delta_net"))
+    assert "bytes of all caches after" in text
+    by_name = {entry.mechanism: entry.kv_bytes for entry in found.entries}
+    assert by_name["hybrid:linear=delta_net,ratio=0"] == by_name["softmax"] > by_name["delta_net"]
+    with pytest.raises(InputError, match="1 of 1"):
+        plot_memory(replace(found, entries=found.entries[:1]), tmp_path / "memory.svg")

@@ -65,7 +65,7 @@ def train_command(
 ) -> None:
     """Trains small models of equal parameters on a problem, and says what each mechanism buys."""
     from .comparison import compare, problem_of
-    from .plot import plot
+    from .plot import plot, plot_memory
     from .trainer import Settings
 
     options = dict(_pair(given, "--set") for given in set_ or [])
@@ -85,14 +85,18 @@ def train_command(
         how = "the same command without --fresh" if fresh else "the same command"
         print(f"headwise: interrupted; what was finished is in {folder}, and {how} goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
-    picture: Path | None = None
+    picture = memory = None
     try:
         picture = plot(found, folder / "curves.svg")
         note = f"The curves: {picture.resolve()}"
+        if sum(entry.kv_bytes is not None for entry in found.entries) > 1:
+            memory = plot_memory(found, folder / "memory.svg")
+            note += f"\nThe metric against the bytes of caches: {memory.resolve()}"
     except InputError as error:
         note = f"No picture: {error}"
     if json_:
-        print(json.dumps({**found.to_dict(), "picture": None if picture is None else str(picture)}, indent=1))
+        pictures = {"picture": picture, "memory_picture": memory}
+        print(json.dumps({**found.to_dict(), **{k: v if v is None else str(v) for k, v in pictures.items()}}, indent=1))
         return
     _print(found, note)
 

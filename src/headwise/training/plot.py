@@ -38,22 +38,74 @@ def plot(comparison: Comparison, file: str | Path) -> Path:
 
     Raises: InputError without matplotlib, with how to install it.
     """
+
+    def draw(figures: Any) -> Any:
+        rows = len(comparison.entries)
+        figure = figures.Figure(figsize=(9.0, max(3.4, 1.6 + 0.32 * rows)), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _curves(left, comparison)
+        _ends(right, comparison)
+        return figure
+
+    return _saved(draw, comparison, Path(file))
+
+
+def plot_memory(comparison: Comparison, file: str | Path) -> Path:
+    """Writes an SVG: the metric at the end against the bytes that all caches hold at the end of a text; one mechanism's are joined.
+
+    Raises: InputError without matplotlib, with how to install it, or if fewer than two of them can decode.
+    """
+    known = [entry for entry in comparison.entries if entry.kv_bytes is not None]
+    if len(known) < 2:
+        raise InputError(f"{len(known)} of {len(comparison.entries)} mechanisms keep a cache; a picture needs two")
+
+    def draw(figures: Any) -> Any:
+        figure = figures.Figure(figsize=(6.5, 4.2), layout="constrained")
+        _memory(figure.subplots(), comparison, known)
+        return figure
+
+    return _saved(draw, comparison, Path(file))
+
+
+def _saved(draw: Any, comparison: Comparison, file: Path) -> Path:
     try:
         matplotlib = importlib.import_module("matplotlib")
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise InputError("pictures need matplotlib; install it with: pip install 'headwise[plots]'") from error
     with matplotlib.rc_context(STYLE):
-        rows = len(comparison.entries)
-        figure = figures.Figure(figsize=(9.0, max(3.4, 1.6 + 0.32 * rows)), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        _curves(left, comparison)
-        _ends(right, comparison)
+        figure = draw(figures)
         figure.suptitle(_plain(_title(comparison)), x=0.01, ha="left", fontsize=11)
-        file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": "headwise", "Title": _title(comparison)})
     return file
+
+
+def _memory(axes: Any, comparison: Comparison, known: list[Entry]) -> None:
+    groups: dict[str, list[Entry]] = {}
+    for entry in known:
+        groups.setdefault(_group(entry), []).append(entry)
+    for number, (name, entries) in enumerate(groups.items()):
+        points = sorted((float(entry.kv_bytes or 0) * comparison.sizes.context, entry) for entry in entries)
+        look = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "linewidth": 1.4, "markersize": 5}
+        axes.plot([at for at, _ in points], [entry.metric.mean for _, entry in points], label=_plain(name), **look)
+        for at, entry in points:
+            if len(entry.curves) > 1:
+                axes.plot([at, at], [entry.metric.least, entry.metric.most], color=_colour(number), linewidth=1.0)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(f"bytes of all caches after {comparison.sizes.context:,} tokens")
+    axes.set_title(_plain(comparison.metric.replace("_", " ") + _seeds(comparison, False)))
+    axes.axhline(comparison.chance, color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+    if comparison.ceiling is not None:
+        axes.set_ylim(0, comparison.ceiling * 1.05)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _group(entry: Entry) -> str:
+    """A mechanism's name; of a hybrid, the linear mixer's too: what differs between its points is a size or a ratio."""
+    name, _, options = entry.mechanism.partition(":")
+    linear = next((option for option in options.split(",") if option.startswith("linear=")), "")
+    return f"{name}, {linear.removeprefix('linear=')}" if linear else name
 
 
 def _curves(axes: Any, comparison: Comparison) -> None:
