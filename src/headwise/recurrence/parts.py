@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-BLOCK = 16  # tokens between which factors of each channel are made pair by pair
-SLOW = 40.0  # decay within a stretch of tokens up to which exp of it and of its inverse are well inside float32
+BLOCK = 4  # tokens between which factors of each channel are made pair by pair
 
 
 def decayed(
@@ -26,25 +26,33 @@ def decayed(
 
 
 def _by_channel(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
-    """The same with a decay for each channel, for j <= i; what stands above the diagonal is finite and means nothing.
+    """The same with a decay for each channel, for j <= i; 0 above the diagonal.
 
-    Where the decay is slow enough it is taken apart around its middle, else halves meet at the token before the second one.
+    Pair by pair in blocks of a few tokens. Two neighbouring blocks meet at the last token of the first one, where both factors
+    are at most one, and are one block from then on.
     """
-    n = q.shape[-2]
-    most, least = total.detach().amax(-2, keepdim=True), total.detach().amin(-2, keepdim=True)
-    if q.device.type == "cpu" and float((most - least).max()) < SLOW:
-        middle = (most + least) / 2
-        return (q * (total - middle).exp()) @ (k * (middle - total).exp()).mT
-    if n <= BLOCK:
-        shown = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()[..., None]
-        gap = (total[..., :, None, :] - total[..., None, :, :]).masked_fill(~shown, 0.0)
-        return (gap.exp() * q[..., :, None, :] * k[..., None, :, :]).sum(-1)
-    half = -(-n // (2 * BLOCK)) * BLOCK
-    (q0, q1), (k0, k1), (c0, c1) = (t.split([half, n - half], -2) for t in (q, k, total))
-    border = c0[..., -1:, :]  # factors on both sides of it are at most one
-    below = (q1 * (c1 - border).exp()) @ (k0 * (border - c0).exp()).mT
-    first, second = _by_channel(q0, k0, c0), _by_channel(q1, k1, c1)
-    return torch.cat([torch.cat([first, torch.zeros_like(below.mT)], -1), torch.cat([below, second], -1)], -2)
+    n, size = q.shape[-2], BLOCK
+    while size < n:
+        size *= 2
+    q, k = (F.pad(t, (0, 0, 0, size - n)) for t in (q, k))
+    total = torch.cat([total, total[..., -1:, :].expand(*total.shape[:-2], size - n, -1)], -2)
+
+    def cut(t: Tensor, *sizes: int) -> Tensor:
+        return t.unflatten(-2, (-1, *sizes))
+
+    q1, k1, c1 = (cut(t, BLOCK) for t in (q, k, total))
+    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)[..., None]
+    gap = (c1[..., :, None, :] - c1[..., None, :, :]).masked_fill(later, 0.0).exp()
+    blocks = torch.einsum("...id,...jd,...ijd->...ij", q1, k1, gap).tril()
+    width = BLOCK
+    while width < size:
+        (q0, q1), (k0, k1), (c0, c1) = (cut(t, 2, width).unbind(-3) for t in (q, k, total))
+        border = c0[..., -1:, :]
+        below = (q1 * (c1 - border).exp()) @ (k0 * (border - c0).exp()).mT
+        first, second = cut(blocks.flatten(-3, -2), 2, width).unbind(-3)
+        blocks = torch.cat([torch.cat([first, torch.zeros_like(below)], -1), torch.cat([below, second], -1)], -2)
+        width *= 2
+    return blocks[..., 0, :n, :n]
 
 
 def level_of(i: Int[Tensor, ...], j: Int[Tensor, ...], levels: int) -> Int[Tensor, ...]:

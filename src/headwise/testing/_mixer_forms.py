@@ -47,7 +47,7 @@ def require_forms_agree(runner: Runner) -> None:
         name = f"{form}, {chunk} tokens" if form == "chunk" else form
         out, last, found = results(form, chunk)
         require(apart(out, wanted) <= allowed, f"{runner.about}: {name}: differs from recurrent by {apart(out, wanted):.2g}")
-        size = max(1.0, float(state.abs().max()))
+        size = max(1.0, float(state.detach().abs().max()))
         by = apart(last, state)
         require(by <= allowed * size, f"{runner.about}: {name}: its last state differs from recurrent's by {by:.2g}")
         for mine, theirs in zip(found, right, strict=True):

@@ -186,6 +186,9 @@ def plain_twin(runner: Runner) -> Attention:
     module = runner.module
     own = getattr(module, "projections", None)
     maps = maps_of(module)
+    v: Any = module.get_submodule(maps.v)
+    if v.out_features != maps.kv_heads * maps.size:
+        raise Skipped("its values are of another size than its keys")
     if module.get_submodule(maps.q).in_features != runner.width:
         raise Skipped("its linear maps read only a part of the width")
     twin = Attention(runner.width, maps.heads, kv_heads=maps.kv_heads, head_dim=maps.size)
