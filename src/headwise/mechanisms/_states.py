@@ -46,7 +46,8 @@ class StateCache(Cache):
 class Pass:
     """One call of a mixer: which tokens are there, where they stand, where documents begin.
 
-    real: (b, n), False at padding; None while there is none. places: (b, n), counting real tokens only; 0 before the first.
+    real: (b, n), False at padding; None while there is none. count: (b,) tokens read before, of the document that goes on.
+    places: (b, n), counting real tokens only; 0 before the first.
     ids: (b, n), each token's document; None without documents. causal: whether it reads what came before only.
     """
 
@@ -129,8 +130,12 @@ def _documents(now: Pass, stage: Documents, there: Tensor) -> None:
     changes = ids.diff(dim=1) != 0
     if bool((changes.sum(1) + 1 != torch.stack([torch.tensor(len(row.unique())) for row in ids]).to(ids.device)).any()):
         raise ShapeError("a state is cleared where a document begins, so documents must stand one after the other; ids interleave")
-    now.ids = ids.gather(1, now.places)
     begins = torch.cat([torch.ones_like(changes[:, :1]), changes], 1)
+    first = torch.where(begins, torch.arange(begins.shape[1], device=begins.device), 0).cummax(1).values  # of each document
+    last = (now.count - 1).clamp(min=0)  # read before
+    inside = last - first.gather(1, last[:, None])[:, 0] + 1
+    now.count = torch.where(now.count > 0, inside, 0)
+    now.ids = ids.gather(1, now.places)
     now.starts = begins.gather(1, now.places) & there
 
 
@@ -164,22 +169,31 @@ class StateMixer(Mixer):
     def reading(self, x: Tokens, now: Pass) -> Reading:
         """Queries, keys, values and what governs the state. Padding need not be cared for."""
 
+    def beside(self, out: Float[Tensor, "b h n dv"], given: Reading) -> Float[Tensor, "b h n dv"]:
+        """What the heads have read, with what does not come from the state, such as a token's own value; nothing by default."""
+        return out
+
     @abstractmethod
     def finish(self, out: Float[Tensor, "b h n dv"], x: Tokens) -> Tokens:
-        """What the heads have read, normed, gated and mapped back."""
+        """What the heads give, normed, gated and mapped back."""
 
     def forward(self, x: Tokens, *stages: Stage, cache: StateCache | None = None, attention_mask: Real | None = None) -> Tokens:
         """See `Mixer.forward`."""
-        return self.finish(self.read(x, *stages, cache=cache, attention_mask=attention_mask), x)
+        return self.finish(self.beside(*self._read(x, stages, cache, attention_mask)), x)
 
     def read(
         self, x: Tokens, *stages: Stage, cache: StateCache | None = None, attention_mask: Real | None = None
     ) -> Float[Tensor, "b h n dv"]:
-        """What each head reads, before norms, gates and the map back."""
+        """What each head reads of the state, before norms, gates and the map back."""
+        return self._read(x, stages, cache, attention_mask)[0]
+
+    def _read(
+        self, x: Tokens, stages: tuple[Stage, ...], cache: StateCache | None, attention_mask: Real | None
+    ) -> tuple[Tensor, Reading]:
         keep = cache is not None
         cache = self.new_cache() if cache is None else cache
         now = begin(cache, x, stages, attention_mask)
-        given = self.reading(x, now)
+        asked = given = self.reading(x, now)
         size = given.v.shape[-1]
         if self.epsilon is not None:  # the sum of weights is read as one more value, of ones
             given = given._replace(v=torch.cat([given.v, torch.ones_like(given.v[..., :1])], -1))
@@ -190,7 +204,8 @@ class StateMixer(Mixer):
             )  # fmt: skip
         else:
             out = _both_sides(given, now)
-        return out if self.epsilon is None else over(out[..., :size], out[..., size:] + self.epsilon)
+        out = out if self.epsilon is None else over(out[..., :size], out[..., size:] + self.epsilon)
+        return out, asked
 
     def weights(self, x: Tokens, *stages: Stage, attention_mask: Real | None = None) -> Float[Tensor, "b h n n"]:
         """The weights by which outputs are mixtures of values: `read(x)` is these times `reading(x).v`. Quadratic, for looking."""

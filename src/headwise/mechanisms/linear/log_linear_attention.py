@@ -10,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...recurrence import recur
 from ...stages.causal import Causal
-from .._caches import Cache
-from .._mixer import Real, Tokens, largest, shake
+from .._mixer import Tokens, largest, shake
 from .._norms import Rms
-from .._states import Pass, Reading, StateCache, StateMixer, begin
+from .._states import Pass, Reading, StateMixer, begin
 from ._parts import ShortConvolutions, l2_normed
 
 CARD = Card(
@@ -36,25 +34,6 @@ CARD = Card(
 )
 BASES = ("mamba2", "gated_delta")
 NAMES = ("query_map", "key_map", "value_map")
-
-
-class Buckets(StateCache):
-    """The states, and how many tokens of its last document each row has read: buckets are counted from where one begins."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside: Tensor | None = None  # (b,); None while there were no documents
-
-    def counted_inside(self, now: Pass) -> Tensor:
-        """Tokens of the document that goes on that were read before, (b,); the new ones are then counted."""
-        before = now.count if self.inside is None else self.inside
-        if now.starts is not None or self.inside is not None:
-            there = torch.ones_like(now.places, dtype=torch.bool) if now.real is None else now.real
-            starts = torch.zeros_like(there) if now.starts is None else now.starts
-            rank = there.long().cumsum(1) - 1
-            last = torch.where(starts, rank, -1).amax(1)
-            self.inside = torch.where(last < 0, before, 0) + there.sum(1) - last.clamp(min=0)
-        return before
 
 
 class LogLinearAttention(StateMixer):
@@ -108,31 +87,9 @@ class LogLinearAttention(StateMixer):
             self.norm = Rms(self.size, 1e-5)
         self.out = nn.Linear(values, width, bias=False)
 
-    def forward(self, x: Tokens, *stages: Stage, cache: StateCache | None = None, attention_mask: Real | None = None) -> Tokens:
-        """See `Mixer.forward`."""
-        keep = cache is not None
-        cache = self.new_cache() if cache is None else cache
-        now = begin(cache, x, stages, attention_mask)
-        if not now.causal:
-            raise ShapeError("buckets are of what came before: give Causal()")
-        given = self.reading(x, now)
-        out, cache.state = recur(
-            **given._asdict(), starts=now.starts, state=cache.state, count=now.count, real=now.real,
-            form=self.form, chunk=self.chunk, backend=self.backend, last=keep,
-        )  # fmt: skip
-        if self.base == "mamba2":  # the skip is of convolved values, which only this call knows
-            out = out + self.skip[:, None, None] * given.v
-        return self.finish(out, x)
-
-    def new_cache(self, owner: Cache | None = None) -> StateCache:
-        """An empty cache for decoding: bytes for all levels, of which those of the count's bits hold something."""
-        return Buckets()
-
     def reading(self, x: Tokens, now: Pass) -> Reading:
         """See `StateMixer.reading`."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        if isinstance(now.cache, Buckets):
-            now.count = now.cache.counted_inside(now)
         q, k, v = (F.silu(self.convolutions(name, getattr(self, name)(x), now)) for name in NAMES)
         v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         step = F.softplus(self.step(x).to(wide) + self.step_bias.to(wide)).mT
@@ -145,6 +102,10 @@ class LogLinearAttention(StateMixer):
         q, k = (l2_normed(t.unflatten(-1, (self.heads, -1)).transpose(1, 2)) for t in (q, k))
         beta = torch.sigmoid(self.beta(x).mT.to(wide))
         return Reading(q, k, v, decay, write=beta, erase=beta, levels=levels)
+
+    def beside(self, out: Tensor, given: Reading) -> Tensor:
+        """See `StateMixer.beside`: Mamba-2's skip of each head."""
+        return out + self.skip[:, None, None] * given.v if self.base == "mamba2" else out
 
     def finish(self, out: Tensor, x: Tokens) -> Tokens:
         """See `StateMixer.finish`."""

@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
-from .._caches import Cache
-from .._mixer import Real, Tokens, largest, shake
+from .._mixer import Tokens, largest, shake
 from .._norms import rms_normed
-from .._states import Pass, Reading, StateCache, StateMixer, begin
+from .._states import Pass, Reading, StateMixer, begin
 from ._fading import Fading
 from ._parts import ShortConvolutions
 
@@ -31,12 +29,6 @@ CARD = Card(
         "twice as large as a head (128 and 64), which is kept at other sizes. No first states that are trained, no limits of steps"
     ),
 )
-
-
-class _Cache(StateCache):
-    """Also holds the last call's values until its outputs are made."""
-
-    values: Tensor | None = None
 
 
 class Mamba2(StateMixer):
@@ -72,19 +64,12 @@ class Mamba2(StateMixer):
         parts = (F.silu(self.convolutions(name, part(x), now)) for name, part in (("q", self.q), ("k", self.k), ("v", self.v)))
         counts = (self.groups, self.groups, self.heads)
         q, k, v = (t.unflatten(-1, (count, -1)).transpose(1, 2) for t, count in zip(parts, counts, strict=True))
-        if isinstance(now.cache, _Cache):
-            now.cache.values = v
         q, k = (t.repeat_interleave(self.heads // self.groups, 1) for t in (q, k))
         return Reading(q, k, v, *self.fading(self.step(x)))
 
-    def forward(self, x: Tokens, *stages: Stage, cache: StateCache | None = None, attention_mask: Real | None = None) -> Tokens:
-        """See `Mixer.forward`."""
-        cache = self.new_cache() if cache is None else cache
-        out = self.read(x, *stages, cache=cache, attention_mask=attention_mask)
-        assert isinstance(cache, _Cache)
-        assert cache.values is not None
-        out, cache.values = out + self.skip[:, None, None] * cache.values, None
-        return self.finish(out, x)
+    def beside(self, out: Tensor, given: Reading) -> Tensor:
+        """See `StateMixer.beside`: the skip of each head."""
+        return out + self.skip[:, None, None] * given.v
 
     def finish(self, out: Tensor, x: Tokens) -> Tokens:
         """See `StateMixer.finish`."""
@@ -92,10 +77,6 @@ class Mamba2(StateMixer):
         normed = rms_normed(y.unflatten(-1, (self.groups, -1)), 1e-5).flatten(2) * self.weight
         mapped: Tensor = self.back(normed.to(x.dtype))
         return mapped
-
-    def new_cache(self, owner: Cache | None = None) -> StateCache:
-        """An empty cache for decoding."""
-        return _Cache()
 
 
 def oracle(mixer: Mamba2, x: Tensor, visible: Tensor) -> Tensor:
