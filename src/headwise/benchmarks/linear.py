@@ -139,7 +139,7 @@ def _on_gpu(device: torch.device, rows: int, tokens: int) -> Iterator[Row]:
     for rule, names in RULES.items():
         used = [*qkv, *(x[name] for name in names)]
         mine = _runs(partial(ours, rule), x, used)
-        plan = explain(*qkv, **governs(rule, x))
+        plan = explain(*qkv, **governs(rule, x), last=False)
         try:
             theirs = _runs(peer(rule), x, used)
         except ImportError as error:

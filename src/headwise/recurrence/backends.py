@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     refused: dict[str, str]
 
 
-def plan(given: Inputs, backend: str = "auto") -> Plan:
+def plan(given: Inputs, backend: str = "auto", last: bool = True) -> Plan:
     """Which backend runs.
 
     Raises: BackendError if the one that was asked for can't, with what it says.
@@ -30,7 +30,9 @@ def plan(given: Inputs, backend: str = "auto") -> Plan:
         raise BackendError(f"there is no backend {backend!r} for recurrences; there are: auto, {', '.join(ORDER)}")
     refused: dict[str, str] = {}
     for name in ORDER if backend == "auto" else (backend,):
-        why = _refusal(name, given)
+        why = _refusal(name, given, last)
+        if name == "kernel" and backend == "auto" and not given.q.is_cuda:
+            why = why or "Triton's interpreter runs only where it is asked for"
         if why is None:
             return Plan(name, refused)
         refused[name] = why
@@ -39,7 +41,7 @@ def plan(given: Inputs, backend: str = "auto") -> Plan:
 
 def run(given: Inputs, size: int, backend: str, last: bool) -> tuple[Tensor, Tensor]:
     """The chunk form by the backend that is planned."""
-    if plan(given, backend).backend == "kernel":
+    if plan(given, backend, last).backend == "kernel":
         from .kernels import run as on_gpu
 
         return on_gpu(given)
@@ -60,12 +62,13 @@ def explain(
     count: Tensor | None = None,
     real: Tensor | None = None,
     backend: str = "auto",
+    last: bool = True,
 ) -> Plan:
     """Which backend `recur` runs the chunk form with for these tensors, and why not another."""
-    return plan(inputs(q, k, v, decay, write, erase, levels, starts, state, count, real), backend)
+    return plan(inputs(q, k, v, decay, write, erase, levels, starts, state, count, real), backend, last)
 
 
-def _refusal(name: str, given: Inputs) -> str | None:
+def _refusal(name: str, given: Inputs, last: bool) -> str | None:
     if name == "torch":
         return None
     try:
@@ -74,4 +77,5 @@ def _refusal(name: str, given: Inputs) -> str | None:
         return "triton is not installed"
     from .kernels import refuses
 
-    return refuses(given)
+    why = refuses(given)
+    return "the last state of levels is made by PyTorch" if why is None and last and given.levels is not None else why

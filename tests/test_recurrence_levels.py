@@ -1,0 +1,134 @@
+"""The kernels of log-linear attention: values and gradients against the operator in PyTorch.
+
+On a machine without a GPU they run in Triton's interpreter, cut into small tiles, so that short rows have many.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from headwise.recurrence import recur
+
+pytest.importorskip("triton")
+from headwise.recurrence.kernels import levels_launch, scalar_launch
+from headwise.recurrence.kernels.levels_launch import Cut, run
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Units of 16 tokens, chunks of 8."""
+    cuts = {name: {(256, True): Cut(8, 16, 64 if name == "queries" else 32, 4, 1)} for name in levels_launch.LAUNCHES}
+    monkeypatch.setattr(levels_launch, "LAUNCHES", cuts | {"keys": {(256, True): Cut(16, 16, 16, 4, 1)}})
+
+
+def made(b=2, h=2, n=130, d=24, dv=40, levels=12, *, decay=True, seed=0, device="cpu", dtype=torch.float32, fast=1.0):
+    """Inputs by name as views of (b, n, h, ...)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    found = {"q": noise(b, n, h, d), "k": torch.nn.functional.normalize(noise(b, n, h, d), dim=-1), "v": noise(b, n, h, dv)}
+    found = {name: t.to(device, dtype).transpose(1, 2) for name, t in found.items()}
+    if decay:
+        found["decay"] = (-fast * torch.nn.functional.softplus(noise(b, n, h) - 2)).to(device).transpose(1, 2)
+    found["levels"] = noise(b, n, h, levels).sigmoid().to(device).transpose(1, 2)
+    return {name: t.detach().requires_grad_() for name, t in found.items()}
+
+
+def by_kernel(given):
+    return run(given["q"], given["k"], given["v"], given.get("decay"), given["levels"])
+
+
+def gradients(out, given):
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.device, out.dtype)
+    return torch.autograd.grad((out * weight).sum(dtype=torch.promote_types(out.dtype, torch.float32)), list(given.values()))
+
+
+def compare(given, allowed=2e-5):
+    out = by_kernel(given)
+    wanted = recur(**given, backend="torch", last=False).out
+    torch.testing.assert_close(out, wanted, rtol=allowed, atol=allowed)
+    for name, mine, theirs in zip(given, gradients(out, given), gradients(wanted, given), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=allowed, atol=10 * allowed, msg=lambda text, name=name: f"{name}: {text}")
+
+
+CASES = {
+    "all": {"h": 1},
+    "many units": {"n": 290, "b": 1, "h": 1, "d": 16, "dv": 16},
+    "no decay": {"decay": False, "n": 70},
+    "few levels": {"levels": 4, "n": 90},
+    "two levels": {"levels": 2, "n": 40},
+    "levels that end within a unit": {"levels": 6, "n": 70, "h": 1},
+    "one token": {"n": 1},
+    "one unit": {"n": 16},
+    "two units": {"n": 32, "d": 16, "dv": 32},
+    "ragged": {"n": 37, "dv": 16},
+    "fast": {"fast": 30.0, "n": 70},
+}
+
+
+@CPU
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, small):
+    compare(made(**CASES[name]))
+
+
+@CPU
+def test_as_it_is_cut_for_float32():
+    compare(made(n=300, h=1, b=1))
+
+
+@CPU
+def test_only_what_is_wanted_is_differentiated(small):
+    given = made(b=1, h=1, n=40)
+    for name in given:
+        alone = {other: t if other == name else t.detach() for other, t in given.items()}
+        (mine,) = torch.autograd.grad(by_kernel(alone).square().sum(), [alone[name]])
+        (theirs,) = torch.autograd.grad(recur(**alone, backend="torch", last=False).out.square().sum(), [alone[name]])
+        torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=5e-4)
+
+
+def apart(mine, theirs):
+    """The distance of two tensors, of the size of the second."""
+    return float((mine.double() - theirs).norm() / theirs.norm())
+
+
+ON_GPU = [
+    ("all", {"n": 3000, "d": 128, "dv": 128}, torch.bfloat16),
+    ("long", {"n": 9000, "d": 64, "dv": 64, "b": 1, "levels": 15}, torch.bfloat16),
+    ("few levels", {"n": 1024, "d": 128, "dv": 64, "levels": 5}, torch.bfloat16),
+    ("no decay", {"n": 1024, "d": 128, "dv": 128, "decay": False}, torch.bfloat16),
+    ("float16", {"n": 1500, "d": 128, "dv": 128}, torch.float16),
+    ("odd sizes", {"n": 1001, "d": 20, "dv": 37}, torch.bfloat16),
+    ("narrow float32", {"n": 600, "d": 64, "dv": 64}, torch.float32),
+    ("float32", {"n": 1100, "d": 128, "dv": 96}, torch.float32),
+]
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize(("name", "shape", "dtype"), [pytest.param(*case, marks=GPU, id=case[0]) for case in ON_GPU])
+def test_on_a_gpu(name, shape, dtype, descriptors, monkeypatch):
+    monkeypatch.setattr(scalar_launch, "TMA", descriptors)
+    given = made(**shape, device="cuda", dtype=dtype)
+    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    wanted = recur(**wide, backend="torch", last=False).out
+    out = by_kernel(given)
+    allowed = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}[dtype]
+    assert apart(out, wanted) < allowed
+    for leaf, mine, theirs in zip(given, gradients(out, given), gradients(wanted, wide), strict=True):
+        assert apart(mine, theirs) < (5 if leaf == "decay" else 2) * allowed, leaf
+
+
+@pytest.mark.parametrize("n", [pytest.param(3000, marks=GPU)])
+def test_a_gpu_repeats_its_bits(n):
+    given = made(n=n, d=128, dv=128, device="cuda", dtype=torch.bfloat16)
+    runs = [(out := by_kernel(given), *gradients(out, given)) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))

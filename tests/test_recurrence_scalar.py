@@ -1,0 +1,199 @@
+"""The kernels of states with one decay a token, or none: values and gradients against the operator in PyTorch.
+
+On a machine without a GPU they run in Triton's interpreter, cut into small tiles, so that short rows have many.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from headwise.recurrence import recur, starts_of
+
+pytest.importorskip("triton")
+from headwise.recurrence.kernels import scalar_launch
+from headwise.recurrence.kernels.scalar_launch import Cut, Segments, run
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+SMALL = {(64, True): Cut(16, 16, 4, 1), (256, True): Cut(16, 32, 4, 1)}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks of 16 tokens, and segments of 48."""
+    both = {(64, True): Cut(16, 0, 4, 1)}
+    cuts = dict.fromkeys(scalar_launch.LAUNCHES, SMALL) | {"both": both, "values": {(256, True): Cut(32, 16, 4, 1)}}
+    monkeypatch.setattr(scalar_launch, "LAUNCHES", cuts)
+    monkeypatch.setattr(scalar_launch, "SEGMENTS", Segments(10**6, 33, 96))
+
+
+def made(b=2, h=2, n=130, d=24, dv=40, *, decay=True, state=True, documents=False, seed=0, device="cpu", dtype=torch.float32,
+         fast=1.0):  # fmt: skip
+    """Inputs by name as views of (b, n, h, ...), and where documents start."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    found = {"q": noise(b, n, h, d), "k": torch.nn.functional.normalize(noise(b, n, h, d), dim=-1), "v": noise(b, n, h, dv)}
+    found = {name: t.to(device, dtype).transpose(1, 2) for name, t in found.items()}
+    if decay:
+        found["decay"] = (-fast * torch.nn.functional.softplus(noise(b, n, h) - 2)).to(device).transpose(1, 2)
+    if state:
+        found["state"] = noise(b, h, d, dv).to(device)
+    starts = (torch.rand(b, n, generator=generator) < 4 / n).to(device) if documents else None
+    return {name: t.detach().requires_grad_() for name, t in found.items()}, starts
+
+
+def by_kernel(given, starts):
+    documents = None if starts is None else starts.long().cumsum(1)
+    return run(given["q"], given["k"], given["v"], given.get("decay"), given.get("state"), documents)
+
+
+def gradients(out, last, given, of_last=True):
+    """Of a weighted sum of outputs, and of the last state."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+    total = (out * weight).sum(dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
+    if of_last:
+        total = total + (last * torch.randn(last.shape, generator=generator).to(last.device)).sum()
+    return torch.autograd.grad(total, list(given.values()))
+
+
+def compare(given, starts, allowed=2e-5, of_last=True):
+    out, last = by_kernel(given, starts)
+    wanted = recur(**given, starts=starts, backend="torch")
+    torch.testing.assert_close(out, wanted.out, rtol=allowed, atol=allowed)
+    torch.testing.assert_close(last, wanted.state, rtol=allowed, atol=allowed)
+    right = gradients(*wanted, given, of_last)
+    for name, mine, theirs in zip(given, gradients(out, last, given, of_last), right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=allowed, atol=10 * allowed, msg=lambda text, name=name: f"{name}: {text}")
+
+
+CASES = {
+    "all": {},
+    "documents": {"documents": True},
+    "plain": {"decay": False, "state": False},
+    "plain, documents": {"decay": False, "documents": True},
+    "no state": {"state": False, "n": 100},
+    "one token": {"n": 1},
+    "one chunk": {"n": 16, "state": False},
+    "less than a segment": {"n": 37, "documents": True},
+    "whole chunks": {"n": 96, "d": 16, "dv": 32},
+    "wide": {"d": 40, "dv": 72, "b": 1, "h": 1},
+    "wide, documents": {"d": 72, "dv": 24, "b": 1, "h": 1, "documents": True, "n": 70},
+    "fast": {"fast": 30.0},
+}
+
+
+@CPU
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, small):
+    compare(*made(**CASES[name]))
+
+
+@CPU
+@pytest.mark.parametrize("documents", [False, True])
+def test_without_a_gradient_of_the_last_state(documents, small):
+    compare(*made(documents=documents), of_last=False)
+    compare(*made(documents=documents, n=40), of_last=False)
+
+
+@CPU
+@pytest.mark.parametrize("name", ["all", "documents", "plain"])
+def test_as_it_is_cut_for_float32(name):
+    compare(*made(**CASES[name]))
+
+
+@CPU
+def test_only_what_is_wanted_is_differentiated(small):
+    given, _ = made()
+    for name in given:
+        alone = {other: t if other == name else t.detach() for other, t in given.items()}
+        (mine,) = torch.autograd.grad(by_kernel(alone, None)[0].square().sum(), [alone[name]])
+        (theirs,) = torch.autograd.grad(recur(**alone, backend="torch").out.square().sum(), [alone[name]])
+        torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=5e-4)
+
+
+@CPU
+def test_grouped_keys_and_half_precision(small):
+    given, _ = made(h=4, n=70)
+    shared = {name: t[:, :2] if name in "kv" else t for name, t in given.items()}
+    wanted = recur(**shared, backend="torch")
+    repeated = {name: t.repeat_interleave(2, 1) if name in "kv" else t for name, t in shared.items()}
+    torch.testing.assert_close(by_kernel(repeated, None)[0], wanted.out, rtol=2e-5, atol=2e-5)
+    low = {name: t.detach().bfloat16() if name in "qkv" else t.detach() for name, t in given.items()}
+    out, _ = by_kernel(low, None)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, recur(**low, backend="torch").out, rtol=2e-2, atol=2e-2)
+
+
+@CPU
+def test_nothing_of_another_document_is_read(small):
+    given, _ = made(b=1, n=90, state=False)
+    given = {name: t.detach() for name, t in given.items()}
+    starts = starts_of(torch.tensor([0, 50, 90]))
+    wanted, last = by_kernel(given, starts)
+    loud = {name: t.clone() for name, t in given.items()}
+    loud["v"][:, :, :50] = 1e30
+    out, same = by_kernel(loud, starts)
+    assert torch.equal(out[:, :, 50:], wanted[:, :, 50:])
+    assert torch.equal(last, same)
+
+
+def exact(given, starts):
+    """The same in float64, and its gradients."""
+    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    found = recur(**wide, starts=starts, backend="torch")
+    return found, gradients(*found, wide)
+
+
+def apart(mine, theirs):
+    """The distance of two tensors, of the size of the second."""
+    return float((mine.double() - theirs).norm() / theirs.norm())
+
+
+ON_GPU = [
+    ("all", {"n": 1500, "d": 128, "dv": 128, "documents": True}, torch.bfloat16),
+    ("long", {"n": 9000, "d": 64, "dv": 64, "b": 1}, torch.bfloat16),
+    ("fast", {"n": 4096, "d": 128, "dv": 128, "b": 1, "fast": 20.0}, torch.bfloat16),
+    ("slow", {"n": 4096, "d": 128, "dv": 64, "b": 1, "fast": 0.02}, torch.bfloat16),
+    ("plain", {"n": 1024, "d": 128, "dv": 128, "decay": False, "state": False}, torch.bfloat16),
+    ("float16", {"n": 1500, "d": 128, "dv": 128, "documents": True}, torch.float16),
+    ("odd sizes", {"n": 1001, "d": 20, "dv": 37, "documents": True}, torch.bfloat16),
+    ("narrow float32", {"n": 600, "d": 64, "dv": 64, "documents": True}, torch.float32),
+    ("float32", {"n": 1500, "d": 128, "dv": 96, "documents": True}, torch.float32),
+]
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize(("name", "shape", "dtype"), [pytest.param(*case, marks=GPU, id=case[0]) for case in ON_GPU])
+def test_on_a_gpu(name, shape, dtype, descriptors, monkeypatch):
+    monkeypatch.setattr(scalar_launch, "TMA", descriptors)
+    given, starts = made(**shape, device="cuda", dtype=dtype)
+    wanted, right = exact(given, starts)
+    out, last = by_kernel(given, starts)
+    allowed = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}[dtype]
+    assert apart(out, wanted.out) < allowed
+    assert apart(last, wanted.state) < allowed
+    for leaf, mine, theirs in zip(given, gradients(out, last, given), right, strict=True):
+        assert apart(mine, theirs) < (5 if leaf == "decay" else 2) * allowed, leaf
+
+
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=GPU), pytest.param(False, marks=GPU)])
+def test_a_gpu_repeats_its_bits(fused, monkeypatch):
+    if not fused:
+        monkeypatch.setitem(scalar_launch.LAUNCHES, "both", {})
+    given, starts = made(n=3000, d=128, dv=128, documents=True, device="cuda", dtype=torch.bfloat16)
+    runs = []
+    for _ in range(3):
+        out, last = by_kernel(given, starts)
+        runs.append((out, last, *gradients(out, last, given)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+    _, right = exact(given, starts)
+    for leaf, mine, theirs in zip(given, runs[0][2:], right, strict=True):
+        assert apart(mine, theirs) < 3e-2, leaf
