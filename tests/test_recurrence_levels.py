@@ -52,7 +52,7 @@ def gradients(out, given):
     return torch.autograd.grad((out * weight).sum(dtype=torch.promote_types(out.dtype, torch.float32)), list(given.values()))
 
 
-def compare(given, allowed=2e-5):
+def check_same(given, allowed=2e-5):
     out = by_kernel(given)
     wanted = recur(**given, backend="torch", last=False).out
     torch.testing.assert_close(out, wanted, rtol=allowed, atol=allowed)
@@ -78,12 +78,12 @@ CASES = {
 @CPU
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small):
-    compare(made(**CASES[name]))
+    check_same(made(**CASES[name]))
 
 
 @CPU
 def test_as_it_is_cut_for_float32():
-    compare(made(n=300, h=1, b=1))
+    check_same(made(n=300, h=1, b=1))
 
 
 @CPU

@@ -64,7 +64,7 @@ def gradients(out, last, given, of_last=True):
     return torch.autograd.grad(total, list(given.values()))
 
 
-def compare(given, starts, allowed=2e-5, of_last=True):
+def check_same(given, starts, allowed=2e-5, of_last=True):
     out, last = by_kernel(given, starts)
     wanted = recur(**given, starts=starts, backend="torch")
     torch.testing.assert_close(out, wanted.out, rtol=allowed, atol=allowed)
@@ -93,20 +93,20 @@ CASES = {
 @CPU
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small):
-    compare(*made(**CASES[name]))
+    check_same(*made(**CASES[name]))
 
 
 @CPU
 @pytest.mark.parametrize("documents", [False, True])
 def test_without_a_gradient_of_the_last_state(documents, small):
-    compare(*made(documents=documents), of_last=False)
-    compare(*made(documents=documents, n=40), of_last=False)
+    check_same(*made(documents=documents), of_last=False)
+    check_same(*made(documents=documents, n=40), of_last=False)
 
 
 @CPU
 @pytest.mark.parametrize("name", ["all", "documents", "plain"])
 def test_as_it_is_cut_for_float32(name):
-    compare(*made(**CASES[name]))
+    check_same(*made(**CASES[name]))
 
 
 @CPU

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import NOTHING, Inputs
@@ -35,17 +36,32 @@ def run(given: Inputs) -> tuple[Tensor, Tensor]:
     decay: Any = None if given.decay is None else given.decay.float().clamp(min=NOTHING)
     if decay is not None and decay.shape[-1] == 1:
         decay = decay[..., 0]
-    family = _family(given)
-    q, k, state, documents = given.q, given.k, given.state, given.documents
+    family, documents = _family(given), given.documents
+    d, dv = given.q.shape[-1], given.v.shape[-1]
+    wide, tall = _power(d) - d, _power(dv) - dv  # heads of other sizes are made larger by zeros
+    v = given.v if given.write is None or given.erase is not None else given.values.to(given.v.dtype)
+    q, k, v = _filled(given.q, wide), _filled(given.k, wide), _filled(v, tall)
+    state = None if given.state is None else _filled(given.state.float(), tall, wide)
+    if decay is not None and decay.dim() == 4:
+        decay = _filled(decay, wide)
+    if given.levels is not None:
+        out: Tensor = family.run(q, k, v, decay, given.levels.float())
+        return out[..., :dv], given.first  # the last state is not wanted
     if given.erase is not None:
         write, erase = (None if t is None else t.float() for t in (given.write, given.erase))
-        found: tuple[Tensor, Tensor] = family.run(q, k, given.v, decay, write, erase, state, documents)
-        return found
-    v = given.v if given.write is None else given.values.to(given.v.dtype)
-    if given.levels is not None:
-        return family.run(q, k, v, decay, given.levels.float()), given.first  # the last state is not wanted
-    found = family.run(q, k, v, decay, state, documents)
-    return found
+        out, last = family.run(q, k, v, decay, write, erase, state, documents)
+    else:
+        out, last = family.run(q, k, v, decay, state, documents)
+    return out[..., :dv], last[..., :d, :dv]
+
+
+def _filled(tensor: Tensor, columns: int, rows: int = 0) -> Tensor:
+    return F.pad(tensor, (0, columns, 0, rows)) if columns or rows else tensor
+
+
+def _power(size: int) -> int:
+    """The power of two that a head of this size is filled up to, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _family(given: Inputs) -> ModuleType:

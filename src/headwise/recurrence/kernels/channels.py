@@ -103,6 +103,8 @@ def log_decay(base, stride: tl.constexpr, start, n, column, d: tl.constexpr, C: 
     """A chunk's decay in base 2 in `pieces`, and its sums over tokens (BLOCK,)."""
     g = tl.maximum(tokens(base, stride, start, n, column, d, C, BLOCK, WHOLE_N), NOTHING) * LOG2E
     much, little = pieces(g, EXACT)
+    if not EXACT:
+        g = much.to(tl.float32) + little
     return much, little, tl.sum(g, 0)
 
 
@@ -161,7 +163,7 @@ def scored(q, k, much, little, C: tl.constexpr, LEVELS: tl.constexpr, TYPE: tl.c
         x = product((q * tl.exp2(near)).to(TYPE), tl.trans((k * tl.exp2(-near)).to(TYPE)), EXACT)
         s = tl.where(same, x, s)
     else:
-        for level in range(0, FINE):
+        for level in range(FINE):
             second, apart, left = halves(much, little, level, C, EXACT)
             x = (tl.where(second, q, k) * left).to(TYPE)
             s = tl.where(apart, product(x, tl.trans(x), EXACT), s)
@@ -184,7 +186,7 @@ def pulled(q, k, much, little, pairs, of_q, of_k, C: tl.constexpr, LEVELS: tl.co
         of_q += near * product(close, (k * far).to(TYPE), EXACT)
         of_k += far * product(tl.trans(close), (q * near).to(TYPE), EXACT)
     else:
-        for level in range(0, FINE):
+        for level in range(FINE):
             of_q, of_k = _pulled_apart(q, k, much, little, both, of_q, of_k, level, C, TYPE, EXACT)
         own = tl.sum(tl.where(r[:, None] == r[None, :], pairs, 0.0).to(tl.float32), 1)[:, None]
         of_q += own * k
@@ -202,10 +204,10 @@ def _pulled_apart(q, k, much, little, both, of_q, of_k, level, C: tl.constexpr, 
 
 @triton.jit
 def chunk_kernel(
-    q_ptr, k_ptr, decay_ptr, documents_ptr, inside_ptr, reads_ptr, writes_ptr, left_ptr, q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr,
-    g_sb, g_sh, g_sn: tl.constexpr, documents_sb, heads, n, d: tl.constexpr, chunks,
+    q_ptr, k_ptr, decay_ptr, documents_ptr, inside_ptr, reads_ptr, writes_ptr, left_ptr, q_sb, q_sh, q_sn: tl.constexpr,
+    k_sb, k_sh, k_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr, documents_sb, heads, n, d: tl.constexpr, chunks,
     DOCUMENTS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, WHOLE_N: tl.constexpr,
-     TYPE: tl.constexpr, EXACT: tl.constexpr,
+    TYPE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Prepares one chunk of one head: scores inside it (b * h, chunks, C, C); queries that read the state before it and keys
     that enter the state after it, (b * h, chunks, C, d); and what is left of one in the other, (b * h, chunks, d)."""
@@ -224,7 +226,7 @@ def chunk_kernel(
         own, before, last = met(documents_ptr + b * documents_sb, start, n, C)
         seen = seen & (own[:, None] == own[None, :])
     inside = tl.zeros([C, C], tl.float32)
-    for column in tl.range(0, d, BLOCK, num_stages=1):
+    for column in tl.range(0, d, BLOCK, num_stages=STAGES):
         q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N)
         k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N)
         much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
@@ -255,11 +257,11 @@ def chunk_kernel(
 
 @triton.jit
 def walk_kernel(
-    x_ptr, y_ptr, inside_ptr, z_ptr, out_ptr, left_ptr, first_ptr, last_ptr, states_ptr, remains_ptr,
-    z_sb, z_sh, z_sn: tl.constexpr, out_sb, out_sh, out_sn: tl.constexpr, heads, n, d: tl.constexpr, dz: tl.constexpr, chunks, segments, each,
+    x_ptr, y_ptr, inside_ptr, z_ptr, out_ptr, left_ptr, first_ptr, last_ptr, states_ptr, remains_ptr, z_sb, z_sh,
+    z_sn: tl.constexpr, out_sb, out_sh, out_sn: tl.constexpr, heads, n, d: tl.constexpr, dz: tl.constexpr, chunks, segments, each,
     REVERSE: tl.constexpr, FIRST: tl.constexpr, OUT: tl.constexpr, LAST: tl.constexpr, STATES: tl.constexpr,
-    ADDED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WHOLE_N: tl.constexpr, 
-     TYPE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    ADDED: tl.constexpr, C: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WHOLE_N: tl.constexpr, TYPE: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: D rows and T columns of the state of `each` chunks of one head. OUT: and of the outputs, if D is all rows.
 
@@ -372,18 +374,21 @@ def scan_kernel(
 @triton.jit
 def gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, documents_ptr, states_ptr, changes_ptr, dq_ptr, dk_ptr, dg_ptr,
-    q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr, do_sb, do_sh, do_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr, dq_sb, dq_sh, dq_sn: tl.constexpr,
-    dk_sb, dk_sh, dk_sn: tl.constexpr, dg_sb, dg_sh, dg_sn: tl.constexpr, documents_sb, heads, n, d: tl.constexpr, dv: tl.constexpr, chunks,
-    DOCUMENTS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr,
-    WHOLE_N: tl.constexpr,   TYPE: tl.constexpr, EXACT: tl.constexpr,
+    q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr,
+    do_sb, do_sh, do_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr, dq_sb, dq_sh, dq_sn: tl.constexpr,
+    dk_sb, dk_sh, dk_sn: tl.constexpr, dg_sb, dg_sh, dg_sn: tl.constexpr, documents_sb, heads, n, d: tl.constexpr,
+    dv: tl.constexpr, chunks, DOCUMENTS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr, DV: tl.constexpr, WHOLE_N: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's queries and keys and, DECAY, of its decay.
+    """Gradients of BLOCK channels of one chunk's queries and keys and, DECAY, of its decay.
 
     states: those before each chunk; changes: gradients of those after it, (b * h, chunks, d, dv). What a token's decay
     changes is what is read from it on of what was written before it: q . dq less k . dk of the tokens from it on, up to the
     chunk's end, and the product there of the state and its gradient.
     """
-    pid = tl.program_id(0)
+    blocks = tl.cdiv(d, BLOCK)
+    column = (tl.program_id(0) % blocks) * BLOCK
+    pid = tl.program_id(0) // blocks
     bh = pid // chunks
     start = (pid % chunks) * C
     b = (bh // heads).to(tl.int64)
@@ -401,55 +406,55 @@ def gradient_kernel(
         seen = seen & (own[:, None] == own[None, :])
     pairs = tl.where(seen, product(do, tl.trans(v), EXACT), 0.0).to(TYPE)
     there = tl.arange(0, DV)
-    for column in tl.range(0, d, BLOCK, num_stages=1):
-        at = column + tl.arange(0, BLOCK)
-        cell = pid.to(tl.int64) * d * dv + at[:, None] * dv + there[None, :]
-        if d % BLOCK == 0 and dv == DV:
-            state = tl.load(states_ptr + cell)
-            change = tl.load(changes_ptr + cell)
-        else:
-            exists = (at < d)[:, None] & (there < dv)[None, :]
-            state = tl.load(states_ptr + cell, mask=exists, other=0.0)
-            change = tl.load(changes_ptr + cell, mask=exists, other=0.0)
-        q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N)
-        k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N)
-        much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
-        of_q = product(do, tl.trans(state), EXACT)
-        of_k = product(v, tl.trans(change), EXACT)
+    at = column + tl.arange(0, BLOCK)
+    cell = pid.to(tl.int64) * d * dv + at[:, None] * dv + there[None, :]
+    if d % BLOCK == 0 and dv == DV:
+        state = tl.load(states_ptr + cell)
+        change = tl.load(changes_ptr + cell)
+    else:
+        exists = (at < d)[:, None] & (there < dv)[None, :]
+        state = tl.load(states_ptr + cell, mask=exists, other=0.0)
+        change = tl.load(changes_ptr + cell, mask=exists, other=0.0)
+    kept = tl.sum(state.to(tl.float32) * change, 1)
+    q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N)
+    k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N)
+    much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
+    kept *= tl.exp2(total)
+    if DOCUMENTS:
+        kept = tl.where(before == last, kept, 0.0)
+    of_q = product(do, tl.trans(state), EXACT)
+    of_k = product(v, tl.trans(change), EXACT)
+    if DOCUMENTS:
+        of_q = tl.where((own == before)[:, None], of_q, 0.0)
+        of_k = tl.where((own == last)[:, None], of_k, 0.0)
+    if tl.max(-total, 0) < 2 * SLOW:
+        near = upto(much, little, C, EXACT) - 0.5 * total[None, :]
+        half = tl.exp2(0.5 * total)[None, :]
+        far = tl.exp2(-near)
+        near = tl.exp2(near)
+        of_k *= half
+        crossed = tl.sum(of_k * (k * far), 0)
+        of_q = near * added(pairs, (k * far).to(TYPE), of_q * half, EXACT)
+        of_k = far * added(tl.trans(pairs), (q * near).to(TYPE), of_k, EXACT)
+    else:
+        of_q *= tl.exp2(upto(much, little, C, EXACT))
+        of_k *= tl.exp2(beyond(much, little, C, EXACT))
+        crossed = tl.sum(of_k * k, 0)
+        of_q, of_k = pulled(q, k, much, little, pairs, of_q, of_k, C, LEVELS, TYPE, EXACT)
+    keep(dq_ptr + b * dq_sb + head * dq_sh, dq_sn, start, n, column, d, of_q, C, BLOCK, WHOLE_N)
+    keep(dk_ptr + b * dk_sb + head * dk_sh, dk_sn, start, n, column, d, of_k, C, BLOCK, WHOLE_N)
+    if DECAY:
+        crossed += kept
+        later = r[:, None] <= r[None, :]
         if DOCUMENTS:
-            of_q = tl.where((own == before)[:, None], of_q, 0.0)
-            of_k = tl.where((own == last)[:, None], of_k, 0.0)
-        if tl.max(-total, 0) < 2 * SLOW:
-            near = upto(much, little, C, EXACT) - 0.5 * total[None, :]
-            half = tl.exp2(0.5 * total)[None, :]
-            far = tl.exp2(-near)
-            near = tl.exp2(near)
-            of_k *= half
-            crossed = tl.sum(of_k * (k * far), 0)
-            of_q = near * added(pairs, (k * far).to(TYPE), of_q * half, EXACT)
-            of_k = far * added(tl.trans(pairs), (q * near).to(TYPE), of_k, EXACT)
+            later = later & (own[:, None] == own[None, :])
+        much, little = pieces(q * of_q - k * of_k, EXACT)
+        of_decay = summed(tl.where(later, 1.0, 0.0), much, little, EXACT)
+        if DOCUMENTS:
+            first = tl.load(documents + tl.maximum(tl.minimum(start + r, n - 1) - 1, 0))
+            begins = own != tl.where(start + r > 0, first, 0)  # nothing was there to decay
+            of_decay += tl.where((own == last)[:, None], crossed[None, :], 0.0)
+            of_decay = tl.where(begins[:, None], 0.0, of_decay)
         else:
-            of_q *= tl.exp2(upto(much, little, C, EXACT))
-            of_k *= tl.exp2(beyond(much, little, C, EXACT))
-            crossed = tl.sum(of_k * k, 0)
-            of_q, of_k = pulled(q, k, much, little, pairs, of_q, of_k, C, LEVELS, TYPE, EXACT)
-        keep(dq_ptr + b * dq_sb + head * dq_sh, dq_sn, start, n, column, d, of_q, C, BLOCK, WHOLE_N)
-        keep(dk_ptr + b * dk_sb + head * dk_sh, dk_sn, start, n, column, d, of_k, C, BLOCK, WHOLE_N)
-        if DECAY:
-            kept = tl.exp2(total) * tl.sum(state.to(tl.float32) * change, 1)
-            if DOCUMENTS:
-                kept = tl.where(before == last, kept, 0.0)
-            crossed += kept
-            later = r[:, None] <= r[None, :]
-            if DOCUMENTS:
-                later = later & (own[:, None] == own[None, :])
-            much, little = pieces(q * of_q - k * of_k, EXACT)
-            of_decay = summed(tl.where(later, 1.0, 0.0), much, little, EXACT)
-            if DOCUMENTS:
-                first = tl.load(documents + tl.maximum(tl.minimum(start + r, n - 1) - 1, 0))
-                begins = own != tl.where(start + r > 0, first, 0)  # nothing was there to decay
-                of_decay += tl.where((own == last)[:, None], crossed[None, :], 0.0)
-                of_decay = tl.where(begins[:, None], 0.0, of_decay)
-            else:
-                of_decay += crossed[None, :]
-            keep(dg_ptr + b * dg_sb + head * dg_sh, dg_sn, start, n, column, d, of_decay, C, BLOCK, WHOLE_N)
+            of_decay += crossed[None, :]
+        keep(dg_ptr + b * dg_sb + head * dg_sh, dg_sn, start, n, column, d, of_decay, C, BLOCK, WHOLE_N)

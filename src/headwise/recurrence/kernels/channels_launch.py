@@ -21,17 +21,24 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Cut:
-    """How a kernel is cut: channels and columns of values of a program (0: all, or no matter), warps, loads in flight."""
+    """How a kernel is cut: channels and columns of values of a program (0: all, or no matter), warps, loads in flight, and
+    registers at most."""
 
     block: int
     tile: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 @dataclass(frozen=True)
 class Segments:
-    """How rows are cut: if there are not `enough` programs, into segments until there are `programs`, of so many tokens at least."""
+    """How rows are cut: where there are not `enough` programs, into segments of so many tokens at least, for `programs`."""
 
     enough: int = 96
     programs: int = 264
@@ -41,26 +48,17 @@ class Segments:
 CHUNK = {False: 64, True: 32}  # tokens of a chunk; True: for products of float32
 # {kernel: {(largest head size, products of float32): cut}}
 LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
-    "chunks": {
-        (64, False): Cut(64, 0, 4, 1), (128, False): Cut(64, 0, 4, 1), (256, False): Cut(64, 0, 4, 1),
-        (256, True): Cut(32, 0, 4, 1),
-    },
+    "chunks": {(256, False): Cut(32, 0, 4, 1, 128), (256, True): Cut(32, 0, 4, 1)},
     "outputs": {
         (64, False): Cut(0, 64, 4, 3), (128, False): Cut(0, 64, 4, 3), (256, False): Cut(0, 32, 4, 2),
-        (64, True): Cut(0, 32, 4, 1), (128, True): Cut(0, 32, 4, 1), (256, True): Cut(0, 16, 4, 1),
+        (128, True): Cut(0, 32, 8, 1, 255), (256, True): Cut(0, 16, 8, 1, 255),
     },
     "values": {
         (64, False): Cut(0, 64, 4, 3), (128, False): Cut(0, 64, 4, 3), (256, False): Cut(0, 32, 4, 2),
-        (64, True): Cut(0, 32, 4, 1), (128, True): Cut(0, 32, 4, 1), (256, True): Cut(0, 16, 4, 1),
+        (128, True): Cut(0, 32, 8, 1, 255), (256, True): Cut(0, 16, 8, 1, 255),
     },
-    "states": {
-        (64, False): Cut(64, 64, 4, 3), (128, False): Cut(64, 64, 4, 3), (256, False): Cut(64, 64, 4, 3),
-        (256, True): Cut(32, 32, 4, 1),
-    },
-    "gradients": {
-        (64, False): Cut(64, 0, 8, 1), (128, False): Cut(64, 0, 8, 1), (256, False): Cut(64, 0, 8, 1),
-        (256, True): Cut(32, 0, 4, 1),
-    },
+    "states": {(256, False): Cut(64, 64, 4, 3), (256, True): Cut(32, 32, 4, 1)},
+    "gradients": {(128, False): Cut(32, 0, 4, 1, 168), (256, False): Cut(32, 0, 4, 1), (256, True): Cut(16, 0, 4, 1)},
 }  # fmt: skip
 SEGMENTS = Segments()
 SCAN = 1024  # numbers of a state that a program of the scan over segments has
@@ -166,7 +164,7 @@ class Call:
         block = min(cut.block, power(self.d))
         return {
             "DOCUMENTS": self.documents is not None, "C": self.chunk, "LEVELS": self.chunk.bit_length() - 1, "BLOCK": block,
-            "num_warps": cut.warps, "num_stages": cut.stages, **self.numbers,
+            "STAGES": cut.stages, **cut.options, **self.numbers,
         }  # fmt: skip
 
     @property
@@ -211,7 +209,7 @@ class Call:
             nothing if last is None else last, nothing if states is None else states, nothing if remains is None else remains,
             *z.stride()[:3], *of_out.stride()[:3], self.h, self.n, self.d, self.dv, self.chunks, self.segments, self.each,
             REVERSE=reverse, FIRST=first is not None, OUT=out is not None, LAST=last is not None, STATES=states is not None,
-            ADDED=added is not None, C=self.chunk, D=block, T=tile, STAGES=cut.stages, num_warps=cut.warps, **self.numbers,
+            ADDED=added is not None, C=self.chunk, D=block, T=tile, STAGES=cut.stages, **cut.options, **self.numbers,
         )  # fmt: skip
 
     def firsts(self, y: Tensor, z: Tensor, chunks: Chunks, first: Tensor | None, reverse: bool = False) -> Tensor | None:
@@ -238,10 +236,11 @@ class Call:
         given = (self.q, self.k, self.v, of_out, self.decay)
         made = (of_q, of_k, self.decay if of_decay is None else of_decay)
         documents, stride = self.of_documents
-        gradient_kernel[(self.rows * self.chunks,)](
+        constants = self.by_channel("gradients")
+        del constants["STAGES"]
+        gradient_kernel[(self.rows * self.chunks * -(-self.d // constants["BLOCK"]),)](
             *given, documents, states, changes, *made, *(stride for t in (*given, *made) for stride in t.stride()[:3]), stride,
-            self.h, self.n, self.d, self.dv, self.chunks, DECAY=decay, DV=power(self.dv),
-            **self.by_channel("gradients"),
+            self.h, self.n, self.d, self.dv, self.chunks, DECAY=decay, DV=power(self.dv), **constants,
         )  # fmt: skip
         return of_q, of_k, of_decay
 

@@ -65,7 +65,7 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
     },
 }  # fmt: skip
 SEGMENTS = Segments()
-TMA = True  # whether tokens are loaded by descriptors where they can be
+TMA = False  # whether tokens are loaded by descriptors where they can be
 SUMS, SCAN, DECAY = 32, 1024, 2048  # chunks, numbers of a state and tokens that a program of the small kernels takes at once
 
 
