@@ -208,3 +208,22 @@ def test_options_of_problems_are_checked():
     with pytest.raises(InputError, match="length must be 20 at least"):
         problem_of("associative_recall", {"length": 19})
     assert problem_of("flip_flop", {"ignore": 0}).ignore == 0
+
+
+def test_state_tracking_of_groups_that_commute_or_not():
+    """Products of permutations depend on their order, of the cyclic group not; exchanges are of two items."""
+    known = problem_of("state_tracking", {"items": 3, "commutes": False})
+    other = problem_of("state_tracking", {"items": 3, "commutes": True})
+    assert not torch.equal(known.products(), known.products().T)
+    assert torch.equal(other.products(), other.products().T)
+    for problem in (known, other):
+        table = problem.products()
+        assert torch.equal(table[0], torch.arange(6))
+        assert all(sorted(row) == list(range(6)) for row in table.tolist())
+    swaps = problem_of("state_tracking", {"items": 4, "swaps": True})
+    ids = swaps.batch(64, torch.Generator().manual_seed(0), torch.device("cpu")).ids
+    assert all(sum(i != to for i, to in enumerate(swaps.elements[n])) == 2 for n in ids.unique().tolist() if n < 24)
+    with pytest.raises(InputError, match="give a value such as False"):
+        problem_of("state_tracking", {"commutes": 1})
+    with pytest.raises(InputError, match="commutes or swaps"):
+        problem_of("state_tracking", {"commutes": True, "swaps": True})

@@ -119,10 +119,15 @@ def problem_of(name: str, options: Mapping[str, Any] | None = None) -> Problem:
             raise InputError(f"{name} has no {option!r}; it has {', '.join(f'{n}={f.default}' for n, f in fields.items())}")
         default = fields[option].default
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and (isinstance(default, float) or float(value).is_integer()) if isinstance(default, int | float) else True
+        if isinstance(default, bool):
+            fits = isinstance(value, bool)
+        else:
+            fits = (
+                number and (isinstance(default, float) or float(value).is_integer()) if isinstance(default, int | float) else True
+            )
         if not fits or (isinstance(default, str | None) and not isinstance(value, str | None)):
             raise InputError(f"{option} of {name} is {value!r}; give a value such as {default!r}")
-    given = {n: int(v) if isinstance(fields[n].default, int) else v for n, v in (options or {}).items()}
+    given = {n: int(v) if type(fields[n].default) is int else v for n, v in (options or {}).items()}
     return kind(**given)
 
 
