@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..inputs import NOTHING, Inputs
 
+WIDEST = 128
 SHORT = 16  # fewer tokens than this are not worth a launch
 
 
@@ -25,6 +26,8 @@ def refuses(given: Inputs) -> str | None:
     tensors = (given.q, given.k, given.v)
     if any(t.dtype == torch.float64 for t in tensors) or (given.decay is not None and given.decay.dtype == torch.float64):
         return "the kernels compute in float32, and float64 was given"
+    if max(given.q.shape[-1], given.v.shape[-1]) > WIDEST:
+        return f"heads of {max(given.q.shape[-1], given.v.shape[-1])} channels are larger than {WIDEST}, the most that was tested on a GPU"
     if given.k.shape[2] < SHORT:
         return f"{given.k.shape[2]} tokens are too few for a launch"
     why: str | None = _family(given).refuses(given)

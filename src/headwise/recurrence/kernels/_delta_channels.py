@@ -21,7 +21,7 @@ def scored(q, k, much, little, inside, low, C: tl.constexpr, LEVELS: tl.constexp
     r = tl.arange(0, C)
     below = r[:, None] > r[None, :]
     for level in range(FINE, LEVELS):
-        second, apart, left = halves(much, little, level, C, EXACT)
+        _, apart, left = halves(much, little, level, C, EXACT)
         y = (k * left).to(TYPE)
         inside += tl.where(apart & below, dot((q * left).to(TYPE), tl.trans(y), EXACT), 0.0)
         low += tl.where(apart & below, dot(y, tl.trans(y), EXACT), 0.0)
@@ -33,7 +33,7 @@ def scored(q, k, much, little, inside, low, C: tl.constexpr, LEVELS: tl.constexp
         low += tl.where(same, dot((k * near).to(TYPE), y, EXACT), 0.0)
     else:
         for level in range(FINE):
-            second, apart, left = halves(much, little, level, C, EXACT)
+            _, apart, left = halves(much, little, level, C, EXACT)
             y = (k * left).to(TYPE)
             inside += tl.where(apart & below, dot((q * left).to(TYPE), tl.trans(y), EXACT), 0.0)
             low += tl.where(apart & below, dot(y, tl.trans(y), EXACT), 0.0)
@@ -43,11 +43,11 @@ def scored(q, k, much, little, inside, low, C: tl.constexpr, LEVELS: tl.constexp
 
 @triton.jit
 def channel_chunk_kernel(
-    q_ptr, k_ptr, v_ptr, decay_ptr, write_ptr, erase_ptr, documents_ptr, w_ptr, u_ptr, mix_ptr, back_ptr, reads_ptr, keys_ptr,
-    erasers_ptr, left_ptr, q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr,
-    g_sb, g_sh, g_sn: tl.constexpr, write_sb, write_sh, write_sn, erase_sb, erase_sh, erase_sn, documents_sb,
+    q_ptr, k_ptr, v_ptr, decay_ptr, write_ptr, erase_ptr, documents_ptr, x_ptr, w_ptr, u_ptr, mix_ptr, back_ptr, reads_ptr,
+    keys_ptr, erasers_ptr, left_ptr, q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh,
+    v_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr, write_sb, write_sh, write_sn, erase_sb, erase_sh, erase_sn, documents_sb,
     heads, n, d: tl.constexpr, dv: tl.constexpr, chunks,
-    BACK: tl.constexpr, WRITE: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    BACK: tl.constexpr, KEPT: tl.constexpr, WRITE: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_DV: tl.constexpr, TYPE: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,9 +84,15 @@ def channel_chunk_kernel(
             low += dot((k * near).to(TYPE), y, EXACT)
         else:
             inside, low = scored(q, k, much, little, inside, low, C, LEVELS, TYPE, EXACT)
-    x = inverse(tl.where(seen & (r[:, None] > r[None, :]), low * erase[:, None], 0.0), C, LEVELS, PRECISION)
+    matrix = (bh.to(tl.int64) * chunks + i) * C * C
+    if BACK and KEPT:
+        x = tl.load(square(x_ptr + matrix, C)).to(tl.float32)
+    else:
+        x = inverse(tl.where(seen & (r[:, None] > r[None, :]), low * erase[:, None], 0.0), C, LEVELS, PRECISION)
+        if KEPT:
+            tl.store(square(x_ptr + matrix, C), x.to(TYPE))
     inside = tl.where(seen, inside, 0.0).to(TYPE)
-    cell = square(mix_ptr + (bh.to(tl.int64) * chunks + i) * C * C, C)
+    cell = square(mix_ptr + matrix, C)
     solving = x.to(TYPE)
     if BACK:
         tl.store(cell, tl.trans(dot(inside, solving, EXACT)).to(TYPE))
@@ -125,7 +131,7 @@ def _pulled_apart(q, k, much, little, pairs, erased, both, of_q, of_reads, of_k,
                   EXACT: tl.constexpr):  # fmt: skip
     """What pairs of neighbouring stretches of 2^level tokens add, which meet at the border between them."""
     r = tl.arange(0, C)
-    second, apart, left = halves(much, little, level, C, EXACT)
+    _, apart, left = halves(much, little, level, C, EXACT)
     apart = apart & (r[:, None] > r[None, :])
     x = (q * left).to(TYPE)
     y = (k * left).to(TYPE)
@@ -171,15 +177,13 @@ def pulled(q, k, much, little, pairs, erased, both, of_q, of_reads, of_k, C: tl.
 @triton.jit
 def channel_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, write_ptr, erase_ptr, documents_ptr, values_ptr, of_values_ptr, states_ptr,
-    changes_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dwrite_ptr, derase_ptr,
-    q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr,
-    do_sb, do_sh, do_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr, write_sb, write_sh, write_sn,
-    erase_sb, erase_sh, erase_sn, dq_sb, dq_sh, dq_sn: tl.constexpr, dk_sb, dk_sh, dk_sn: tl.constexpr,
-    dv_sb, dv_sh, dv_sn: tl.constexpr, dg_sb, dg_sh, dg_sn: tl.constexpr,
-    documents_sb, heads, n, d: tl.constexpr, dv: tl.constexpr, chunks,
-    WRITE: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
-    DV: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_DV: tl.constexpr, TYPE: tl.constexpr,
-    EXACT: tl.constexpr,
+    changes_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dwrite_ptr, derase_ptr, q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh,
+    k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr, do_sb, do_sh, do_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr,
+    write_sb, write_sh, write_sn, erase_sb, erase_sh, erase_sn, dq_sb, dq_sh, dq_sn: tl.constexpr, dk_sb, dk_sh,
+    dk_sn: tl.constexpr, dv_sb, dv_sh, dv_sn: tl.constexpr, dg_sb, dg_sh, dg_sn: tl.constexpr, documents_sb, heads, n,
+    d: tl.constexpr, dv: tl.constexpr, chunks,
+    WRITE: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_DV: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk of one head, as `gradient_kernel` makes them."""
     pid = tl.program_id(0)

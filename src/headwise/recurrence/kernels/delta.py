@@ -106,7 +106,7 @@ def joined(x, low, level, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def inverse(low, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(1 + low)^-1 of a strictly lower triangle (C, C), by substitution of blocks; those of 16 first, all at once. C = 2^LEVELS."""
+    """(1 + low)^-1 of a strictly lower triangle (C, C), C = 2^LEVELS, by substitution of blocks: up to 16, of all at once."""
     SIDE: tl.constexpr = 16
     BLOCKS: tl.constexpr = C // SIDE
     i = tl.arange(0, BLOCKS)
@@ -167,17 +167,19 @@ def solved(x, v, write, write_stride, u, start, n, dv, BLOCK: tl.constexpr, WRIT
 
 @triton.jit
 def chunk_kernel(
-    q_ptr, k_ptr, v_ptr, decay_ptr, write_ptr, erase_ptr, documents_ptr, w_ptr, u_ptr, mix_ptr, back_ptr, near_ptr, far_ptr,
-    gone_ptr, left_ptr, q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr, g_sb, g_sh, g_sn, write_sb, write_sh, write_sn,
-    erase_sb, erase_sh, erase_sn, documents_sb, heads, n, d: tl.constexpr, dv: tl.constexpr, chunks,
-    BACK: tl.constexpr, DECAY: tl.constexpr, WRITE: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, decay_ptr, write_ptr, erase_ptr, documents_ptr, x_ptr, w_ptr, u_ptr, mix_ptr, back_ptr, near_ptr,
+    far_ptr, gone_ptr, left_ptr, q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr,
+    g_sb, g_sh, g_sn, write_sb, write_sh, write_sn, erase_sb, erase_sh, erase_sn, documents_sb, heads, n, d: tl.constexpr,
+    dv: tl.constexpr, chunks,
+    BACK: tl.constexpr, KEPT: tl.constexpr, DECAY: tl.constexpr, WRITE: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, BLOCK: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_DV: tl.constexpr,
     TYPE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head, with one decay a token or none: W, u = X (write v), and mix = `inside`, (b * h, chunks, C, C).
 
-    BACK: mix is (inside X)^T instead, and back is X^T (exp(c_C - c) k). near, far: what is left of the state before the chunk
-    at a token, and of a token after the chunk; gone: erase times near; left: what is left of the state, (b * h, chunks).
+    BACK: mix is (inside X)^T instead, and back is X^T (exp(c_C - c) k). KEPT: X is stored for the backward pass, and loaded
+    there. near, far: what is left of the state before the chunk at a token, and of a token after the chunk; gone: erase times
+    near; left: what is left of the state, (b * h, chunks).
     """
     pid = tl.program_id(0)
     bh = pid // chunks
@@ -199,11 +201,18 @@ def chunk_kernel(
     for column in tl.range(0, d, BLOCK, num_stages=STAGES):
         k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N, WHOLE_D).to(TYPE)
         q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N, WHOLE_D).to(TYPE)
-        low = dot_to(k, tl.trans(k), low, EXACT)
         inside = dot_to(q, tl.trans(k), inside, EXACT)
-    x = inverse(tl.where(r[:, None] > r[None, :], low * between * erase[:, None], 0.0), C, LEVELS, PRECISION)
+        if not (BACK and KEPT):
+            low = dot_to(k, tl.trans(k), low, EXACT)
+    matrix = (bh.to(tl.int64) * chunks + i) * C * C
+    if BACK and KEPT:
+        x = tl.load(square(x_ptr + matrix, C)).to(tl.float32)
+    else:
+        x = inverse(tl.where(r[:, None] > r[None, :], low * between * erase[:, None], 0.0), C, LEVELS, PRECISION)
+        if KEPT:
+            tl.store(square(x_ptr + matrix, C), x.to(TYPE))
     inside = (inside * between).to(TYPE)
-    cell = square(mix_ptr + (bh.to(tl.int64) * chunks + i) * C * C, C)
+    cell = square(mix_ptr + matrix, C)
     gone = erase * near
     at = place + start + r
     tl.store(gone_ptr + at, gone)
@@ -239,10 +248,11 @@ def state_at(base, d, width, column, D: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def walk_kernel(
     w_ptr, u_ptr, x_ptr, y_ptr, mix_ptr, near_ptr, far_ptr, left_ptr, first_ptr, out_ptr, values_ptr, states_ptr, last_ptr,
-    units_ptr, x_sb, x_sh, x_sn: tl.constexpr, y_sb, y_sh, y_sn: tl.constexpr, out_sb, out_sh, out_sn: tl.constexpr, heads, n, d: tl.constexpr, dv: tl.constexpr, chunks, segments, each,
+    units_ptr, x_sb, x_sh, x_sn: tl.constexpr, y_sb, y_sh, y_sn: tl.constexpr, out_sb, out_sh, out_sn: tl.constexpr, heads, n,
+    d: tl.constexpr, dv: tl.constexpr, chunks, segments, each,
     KIND: tl.constexpr, FIRST: tl.constexpr, OUT: tl.constexpr, STATES: tl.constexpr, ADDED: tl.constexpr, C: tl.constexpr,
-    D: tl.constexpr, T: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr,
-    TYPE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, T: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, TYPE: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: T columns of the state of `each` chunks of one head, from states first (b * h, segments, d, dv), if FIRST.
 
@@ -332,10 +342,11 @@ def walk_kernel(
 
 @triton.jit
 def scan_kernel(
-    units_ptr, states_ptr, first_ptr, d: tl.constexpr, dv: tl.constexpr, segments, REVERSE: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr,
-    T: tl.constexpr, PRECISION: tl.constexpr,
+    units_ptr, added_ptr, first_ptr, states_ptr, d: tl.constexpr, dv: tl.constexpr, segments,
+    REVERSE: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What segments add -> the states that they start from, in place: S -> P S + R, from the end P^T S + R.
+    """The states that segments start from, of what they make of the unit matrix and what they add: S -> P S + R, from the row's
+    end on P^T S + R.
 
     One program: T columns of one head. first: (b * h, d, dv).
     """
@@ -352,9 +363,10 @@ def scan_kernel(
             slot = bh * segments + segments - 1 - step
         else:
             slot = bh * segments + step
-        where, exists = state_at(states_ptr + slot * d * dv, d, dv, column, D, T)
-        added = tl.load(where, mask=exists, other=0.0)
-        tl.store(where, state, mask=exists)
+        cell, inside = state_at(states_ptr + slot * d * dv, d, dv, column, D, T)
+        tl.store(cell, state, mask=inside)
+        cell, inside = state_at(added_ptr + slot * d * dv, d, dv, column, D, T)
+        added = tl.load(cell, mask=inside, other=0.0)
         cell, inside = state_at(units_ptr + slot * d * d, d, d, 0, D, D)
         unit = tl.load(cell, mask=inside, other=0.0)
         if REVERSE:

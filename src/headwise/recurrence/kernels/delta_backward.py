@@ -20,11 +20,12 @@ from .delta import dot, dot_to, keep, left_between, met, numbers, square, state_
 
 @triton.jit
 def back_kernel(
-    back_ptr, mix_ptr, x_ptr, y_ptr, do_ptr, near_ptr, gone_ptr, left_ptr, first_ptr, values_ptr, states_ptr, last_ptr,
-    x_sb, x_sh, x_sn: tl.constexpr, y_sb, y_sh, y_sn: tl.constexpr, do_sb, do_sh, do_sn: tl.constexpr, heads, n, d: tl.constexpr, dv: tl.constexpr, chunks, segments, each,
+    back_ptr, mix_ptr, x_ptr, y_ptr, do_ptr, near_ptr, gone_ptr, left_ptr, first_ptr, values_ptr, states_ptr, last_ptr, x_sb,
+    x_sh, x_sn: tl.constexpr, y_sb, y_sh, y_sn: tl.constexpr, do_sb, do_sh, do_sn: tl.constexpr, heads, n, d: tl.constexpr,
+    dv: tl.constexpr, chunks, segments, each,
     KIND: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, ADDED: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    T: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, TYPE: tl.constexpr,
-    EXACT: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: T columns of the gradient of the state of `each` chunks of one head, from those in first, if FIRST.
 
@@ -112,10 +113,10 @@ def written(
 @triton.jit
 def gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, write_ptr, erase_ptr, documents_ptr, values_ptr, of_values_ptr, states_ptr,
-    changes_ptr, near_ptr, far_ptr, left_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dwrite_ptr, derase_ptr,
-    q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr, do_sb, do_sh, do_sn: tl.constexpr, g_sb, g_sh, g_sn, write_sb, write_sh, write_sn,
-    erase_sb, erase_sh, erase_sn, dq_sb, dq_sh, dq_sn: tl.constexpr, dk_sb, dk_sh, dk_sn: tl.constexpr, dv_sb, dv_sh, dv_sn: tl.constexpr,
-    documents_sb, heads, n, d: tl.constexpr, dv: tl.constexpr, chunks,
+    changes_ptr, near_ptr, far_ptr, left_ptr, dq_ptr, dk_ptr, dv_ptr, dg_ptr, dwrite_ptr, derase_ptr, q_sb, q_sh,
+    q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr, do_sb, do_sh, do_sn: tl.constexpr, g_sb,
+    g_sh, g_sn, write_sb, write_sh, write_sn, erase_sb, erase_sh, erase_sn, dq_sb, dq_sh, dq_sn: tl.constexpr, dk_sb, dk_sh,
+    dk_sn: tl.constexpr, dv_sb, dv_sh, dv_sn: tl.constexpr, documents_sb, heads, n, d: tl.constexpr, dv: tl.constexpr, chunks,
     DECAY: tl.constexpr, WRITE: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, DV: tl.constexpr,
     WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_DV: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -191,7 +192,7 @@ def gradient_kernel(
     if DECAY:
         later = r[:, None] >= r[None, :]
         if DOCUMENTS:
-            own, before, last = met(documents, start, n, C)
+            own, _, last = met(documents, start, n, C)
             later = later & (own[:, None] == own[None, :])
             crossed = tl.where(own == last, crossed, 0.0)
         of_decay = tl.sum(tl.where(later, of_sum[:, None], 0.0), 0) + crossed

@@ -1,8 +1,8 @@
 """Forward and backward of the delta rule, with no decay, one a token or one of each channel, by the kernels of `delta`.
 
-Kept for the backward pass: what was given, and of rows that were cut the state that each segment started from, and what it
-makes of the unit matrix; what was prepared of chunks is made again. Gradients are the same bits every time: every sum has one
-owner and one order.
+Kept for the backward pass: what was given, inverses, and of rows that were cut the state that each segment started from, and
+what it makes of the unit matrix; the rest that was prepared of chunks is made again. Gradients are the same bits every time:
+every sum has one owner and one order.
 """
 
 from __future__ import annotations
@@ -50,28 +50,29 @@ class Segments:
 CHUNK = {False: 64, True: 32}  # tokens of a chunk, powers of two from 16 on; True: for products of float32
 # {kernel: {(largest head size, products of float32): cut}}. "channels" and "channel_gradients": decays of each channel.
 LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
-    "chunks": {(256, False): Cut(64, 0, 4, 1), (256, True): Cut(32, 0, 4, 1)},
+    "chunks": {(256, False): Cut(32, 0, 4, 1), (256, True): Cut(32, 0, 4, 1)},
     "channels": {(256, False): Cut(32, 0, 4, 1), (256, True): Cut(32, 0, 4, 1)},
     "outputs": {
         (64, False): Cut(0, 64, 4, 3), (128, False): Cut(0, 64, 4, 2), (256, False): Cut(0, 32, 4, 1),
-        (128, True): Cut(0, 32, 8, 1), (256, True): Cut(0, 16, 8, 1),
+        (128, True): Cut(0, 16, 8, 1, 255), (256, True): Cut(0, 16, 16, 1, 128),
     },
     "states": {
         (64, False): Cut(0, 64, 4, 3), (128, False): Cut(0, 64, 4, 3), (256, False): Cut(0, 32, 4, 2),
-        (128, True): Cut(0, 32, 8, 1), (256, True): Cut(0, 16, 8, 1),
+        (128, True): Cut(0, 32, 8, 1), (256, True): Cut(0, 16, 16, 1, 128),
     },
     "back": {
         (64, False): Cut(0, 64, 4, 3), (128, False): Cut(0, 64, 4, 2), (256, False): Cut(0, 32, 4, 1),
-        (128, True): Cut(0, 32, 8, 1), (256, True): Cut(0, 16, 8, 1),
+        (128, True): Cut(0, 32, 8, 1), (256, True): Cut(0, 16, 16, 1, 128),
     },
-    "scan": {(128, False): Cut(0, 32, 8, 1), (128, True): Cut(0, 16, 8, 1)},
+    "scan": {(128, False): Cut(0, 32, 8, 1), (128, True): Cut(0, 16, 16, 1, 128)},
     "gradients": {
         (64, False): Cut(64, 0, 4, 1), (128, False): Cut(64, 0, 8, 1), (256, False): Cut(32, 0, 8, 1),
         (128, True): Cut(32, 0, 8, 1), (256, True): Cut(16, 0, 8, 1),
     },
-    "channel_gradients": {(128, False): Cut(32, 0, 8, 1), (256, False): Cut(32, 0, 8, 1), (256, True): Cut(16, 0, 8, 1)},
+    "channel_gradients": {(128, False): Cut(32, 0, 8, 1), (256, False): Cut(16, 0, 8, 1), (256, True): Cut(16, 0, 8, 1)},
 }  # fmt: skip
 SEGMENTS = Segments()
+KEEP = True  # whether inverses are kept for the backward pass: (b * h, n, chunk), half of what keys take if heads are 128
 PRECISION = "tf32x3"  # of products in inverses and scans, where tensors are not float32
 
 
@@ -103,7 +104,8 @@ def run(
         last = q.new_zeros(b, h, d, v.shape[-1], dtype=torch.float32) if state is None else state.float()
         return torch.zeros_like(v), last
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return _Delta.apply(q.to(dtype), k.to(dtype), v.to(dtype), decay, write, erase, state, documents)  # type: ignore[no-untyped-call]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return _Delta.apply(q, k, v, decay, write, erase, state, documents)  # type: ignore[no-untyped-call]
 
 
 def readable(tensor: Tensor) -> Tensor:
@@ -146,8 +148,9 @@ class Call:
     """What all kernels of one recurrence are told."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, write: Tensor | None, erase: Tensor, documents: Tensor | None
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, write: Tensor | None, erase: Tensor,
+        documents: Tensor | None,
+    ) -> None:  # fmt: skip
         self.q, self.k, self.v = readable(q), readable(k), readable(v)
         self.nothing = q.new_empty(1, dtype=torch.float32)
         self.by_channel = decay is not None and decay.dim() == 4
@@ -221,15 +224,16 @@ class Call:
         """Empty, (b, h, chunks * C, width), of the type of products."""
         return self.scratch(self.chunk, width).flatten(2, 3)
 
-    def prepared(self, back: bool) -> Chunks:
-        """What each chunk does, whatever state it starts from; for the backward pass, what that needs."""
+    def prepared(self, back: bool, inverses: Tensor | None) -> Chunks:
+        """What each chunk does, whatever state it starts from; for the backward pass, what that needs. inverses: to fill, or from
+        the forward pass; None if they are not kept."""
         from .delta import chunk_kernel
 
         w, u, mix = self.by_token(self.d), self.by_token(self.dv), self.scratch(self.chunk, self.chunk)
         of_back = self.by_token(self.d) if back else self.nothing
         documents, stride = self.of_documents
         (decay, of_decay), (write, of_write), (erase, of_erase) = map(self.given, (self.decay, self.write, self.erase))
-        given = (self.q, self.k, self.v, decay, write, erase, documents)
+        given = (self.q, self.k, self.v, decay, write, erase, documents, self.nothing if inverses is None else inverses)
         strides = (*(s for t in given[:3] for s in t.stride()[:3]), *of_decay, *of_write, *of_erase, stride)
         if self.by_channel:
             from ._delta_channels import channel_chunk_kernel
@@ -239,14 +243,15 @@ class Call:
             left = self.scratch(self.d, wide=True)
             channel_chunk_kernel[(self.rows * self.chunks,)](
                 *given, w, u, mix, of_back, reads, keys, erasers, left, *strides, self.h, self.n, self.d, self.dv, self.chunks,
-                BACK=back, LEVELS=self.chunk.bit_length() - 1, PRECISION=self.precision, **self.of_chunk("channels"),
+                BACK=back, KEPT=inverses is not None, LEVELS=self.chunk.bit_length() - 1, PRECISION=self.precision,
+                **self.of_chunk("channels"),
             )  # fmt: skip
             return Chunks(w, u, mix, of_back, self.nothing, self.nothing, self.nothing, left, reads, keys, erasers)
         near, far, gone = (self.scratch(self.chunk, wide=True) for _ in range(3))
         left = self.scratch(wide=True)
         chunk_kernel[(self.rows * self.chunks,)](
             *given, w, u, mix, of_back, near, far, gone, left, *strides, self.h, self.n, self.d, self.dv, self.chunks, BACK=back,
-            DECAY=self.decay is not None, LEVELS=self.chunk.bit_length() - 1, PRECISION=self.precision,
+            KEPT=inverses is not None, DECAY=self.decay is not None, LEVELS=self.chunk.bit_length() - 1, PRECISION=self.precision,
             STAGES=self.cut("chunks").stages, **self.of_chunk("chunks"),
         )  # fmt: skip
         return Chunks(w, u, mix, of_back, near, far, gone, left, self.q, self.k, self.k)
@@ -293,16 +298,18 @@ class Call:
             self.chunks, self.segments, self.each, LAST=last is not None, ADDED=values is None, **constants,
         )  # fmt: skip
 
-    def scan(self, units: Tensor, states: Tensor, first: Tensor | None, reverse: bool = False) -> None:
-        """What segments add -> the states that they start from, in place."""
+    def scan(self, units: Tensor, added: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
+        """The states that segments start from, of what they make of the unit matrix and what they add."""
         from .delta import scan_kernel
 
+        states = torch.empty_like(added)
         tile = self.tile("scan")
         scan_kernel[(self.rows * -(-self.dv // tile),)](
-            units, states, self.nothing if first is None else first, self.d, self.dv, self.segments, REVERSE=reverse,
+            units, added, self.nothing if first is None else first, states, self.d, self.dv, self.segments, REVERSE=reverse,
             FIRST=first is not None, D=power(self.d), T=tile, PRECISION=self.precision,
             **self.cut("scan").options,
         )  # fmt: skip
+        return states
 
     def ends(self) -> Tensor:
         """Empty, (b * h, segments, d, dv)."""
@@ -312,12 +319,13 @@ class Call:
         """The states that segments start from, None for zeros, and what segments make of the unit matrix."""
         if self.segments == 1:
             return first, None
-        states, units = self.ends(), self.nothing.new_empty(self.rows, self.segments, self.d, self.d)
-        self.walk("states", chunks, None, states=states, units=units)
-        self.scan(units, states, first)
-        return states, units
+        added, units = self.ends(), self.nothing.new_empty(self.rows, self.segments, self.d, self.d)
+        self.walk("states", chunks, None, states=added, units=units)
+        return self.scan(units, added, first), units
 
-    def gradients(self, of_out: Tensor, values: Tensor, of_values: Tensor, states: Tensor, changes: Tensor, chunks: Chunks) -> Any:
+    def gradients(
+        self, of_out: Tensor, values: Tensor, of_values: Tensor, states: Tensor, changes: Tensor, chunks: Chunks
+    ) -> tuple[Tensor | None, ...]:
         """Of q, k, v, decay, write and erase."""
         from .delta_backward import gradient_kernel
 
@@ -357,29 +365,29 @@ class _Delta(torch.autograd.Function):
         ctx.made = [None if t is None else t.dtype for t in (q, k, v, decay, write, erase, state)]
         ctx.set_materialize_grads(False)
         call = Call(q, k, v, decay, write, erase, documents)
-        chunks = call.prepared(back=False)
+        inverses = call.scratch(call.chunk, call.chunk) if KEEP and any(ctx.needs_input_grad) else None
+        chunks = call.prepared(False, inverses)
         firsts, units = call.firsts(chunks, None if state is None else state.detach().float().contiguous())
         out = like(call.v)
         last = call.nothing.new_empty(call.b, call.h, call.d, call.dv)
         call.walk("outputs", chunks, firsts, out=out, last=last)
-        ctx.save_for_backward(q, k, v, decay, write, erase, documents, firsts, units)
+        ctx.save_for_backward(q, k, v, decay, write, erase, documents, firsts, units, inverses)
         return out.to(v.dtype), last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_out: Tensor | None, of_last: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, decay, write, erase, documents, firsts, units = ctx.saved_tensors
+        q, k, v, decay, write, erase, documents, firsts, units, inverses = ctx.saved_tensors
         call = Call(q, k, v, decay, write, erase, documents)
-        chunks = call.prepared(back=True)
+        chunks = call.prepared(True, inverses)
         of_out = torch.zeros_like(call.v) if of_out is None else readable(of_out.to(v.dtype))
         later = None if of_last is None else of_last.float().contiguous()
         values, states = call.by_token(call.dv), call.scratch(call.d, call.dv)
         call.walk("states", chunks, firsts, values=values, states=states)
         if units is not None:
-            ends = call.ends()
-            call.walk_back(chunks, of_out, None, ends)
-            call.scan(units, ends, later, reverse=True)
-            later = ends
+            added = call.ends()
+            call.walk_back(chunks, of_out, None, added)
+            later = call.scan(units, added, later, reverse=True)
         of_values, changes = call.by_token(call.dv), call.scratch(call.d, call.dv)
         of_state = call.nothing.new_empty(call.b, call.h, call.d, call.dv) if ctx.needs_input_grad[6] else None
         call.walk_back(chunks, of_out, later, changes, of_values, of_state)

@@ -17,6 +17,7 @@ from ..inputs import Inputs
 from . import scalar_launch
 from .scalar_launch import DECAY, SUMS, describable, described, like, power, readable
 
+TMA = False  # loads by descriptors: with them gradients of queries came out wrong on a GPU (Triton 3.6)
 WIDEST = 128  # heads of 256 compiled, and read memory that is not theirs
 
 
@@ -210,7 +211,7 @@ class Call:
 
 def _sources(cut: Cut, *tensors: tuple[Tensor, int]) -> tuple[list[Any], list[int], bool]:
     """Tensors as kernels take them, with columns of a block: themselves and their strides, or descriptors; and whether those."""
-    if scalar_launch.TMA and describable(*(tensor for tensor, _ in tensors)):
+    if TMA and describable(*(tensor for tensor, _ in tensors)):
         return [described(tensor, cut.chunk, columns) for tensor, columns in tensors], [0] * (3 * len(tensors)), True
     return [tensor for tensor, _ in tensors], [stride for tensor, _ in tensors for stride in tensor.stride()[:3]], False
 

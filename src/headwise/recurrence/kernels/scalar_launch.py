@@ -65,7 +65,9 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
     },
 }  # fmt: skip
 SEGMENTS = Segments()
-TMA = False  # whether tokens are loaded by descriptors where they can be
+TMA_FROM = (
+    32768  # tokens of a row from which they are loaded by descriptors: making those takes the host longer than it saves in less
+)
 SUMS, SCAN, DECAY = 32, 1024, 2048  # chunks, numbers of a state and tokens that a program of the small kernels takes at once
 
 
@@ -198,7 +200,7 @@ class Call:
 
     def sources(self, cut: Cut, *tensors: tuple[Tensor, int]) -> tuple[list[Any], list[int], bool]:
         """Tensors as kernels take them, with columns of a block: themselves and strides, or descriptors; and whether those."""
-        if TMA and describable(*(tensor for tensor, _ in tensors)):
+        if self.n >= TMA_FROM and describable(*(tensor for tensor, _ in tensors)):
             return [described(tensor, cut.chunk, columns) for tensor, columns in tensors], [0] * (3 * len(tensors)), True
         return [tensor for tensor, _ in tensors], [stride for tensor, _ in tensors for stride in tensor.stride()[:3]], False
 
