@@ -46,7 +46,7 @@ def _by_channel(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     blocks = torch.einsum("...id,...jd,...ijd->...ij", q1, k1, gap).tril()
     width = BLOCK
     while width < size:
-        (q0, q1), (k0, k1), (c0, c1) = (cut(t, 2, width).unbind(-3) for t in (q, k, total))
+        (_, q1), (k0, _), (c0, c1) = (cut(t, 2, width).unbind(-3) for t in (q, k, total))
         border = c0[..., -1:, :]
         below = (q1 * (c1 - border).exp()) @ (k0 * (border - c0).exp()).mT
         first, second = cut(blocks.flatten(-3, -2), 2, width).unbind(-3)

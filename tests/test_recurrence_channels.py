@@ -1,0 +1,249 @@
+"""The kernels of states with a decay of each channel of keys: values and gradients against the operator in PyTorch.
+
+On a machine without a GPU they run in Triton's interpreter, cut into small chunks, so that short rows have many.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from headwise.recurrence import recur, starts_of
+
+pytest.importorskip("triton")
+from headwise.recurrence.inputs import inputs
+from headwise.recurrence.kernels import channels_launch
+from headwise.recurrence.kernels.channels_launch import Cut, Segments, refuses, run
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+REAL = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+SMALL = {"chunks": Cut(16, 0, 4, 1), "outputs": Cut(0, 32, 4, 1), "values": Cut(0, 16, 4, 1), "states": Cut(16, 16, 4, 1),
+         "gradients": Cut(16, 0, 4, 1)}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks of 32 tokens, and segments of 64."""
+    monkeypatch.setattr(channels_launch, "LAUNCHES", {name: {(256, True): cut} for name, cut in SMALL.items()})
+    monkeypatch.setattr(channels_launch, "SEGMENTS", Segments(10**6, 10**6, 40))
+
+
+def made(b=1, h=2, n=130, d=24, dv=40, *, state=True, documents=False, fast=1.0, seed=0, device="cpu", dtype=torch.float32):
+    """Inputs by name as views of (b, n, h, ...), and where documents start. fast: a factor of the decay, "even" or "mixed"."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    found = {"q": noise(b, n, h, d), "k": torch.nn.functional.normalize(noise(b, n, h, d), dim=-1), "v": noise(b, n, h, dv)}
+    found = {name: t.to(device, dtype).transpose(1, 2) for name, t in found.items()}
+    decay = -torch.nn.functional.softplus(noise(b, n, h, d) - 2)
+    if fast == "mixed":  # slow and fast channels, and stretches in which all of the chunk is slow, or some tokens forget all
+        decay = decay * torch.rand(d, generator=generator) ** 4 * 200
+        decay[:, : n // 3] *= 1e-3
+        decay[:, n // 2] = -60.0
+    elif fast == "even":  # fast over a chunk, but not over a few tokens
+        decay = -2.0 - 0.5 * torch.rand(b, n, h, d, generator=generator)
+    else:
+        decay = decay * fast
+    found["decay"] = decay.to(device).transpose(1, 2)
+    if state:
+        found["state"] = noise(b, h, d, dv).to(device)
+    starts = (torch.rand(b, n, generator=generator) < 4 / n).to(device) if documents else None
+    return {name: t.detach().requires_grad_() for name, t in found.items()}, starts
+
+
+def by_kernel(given, starts):
+    documents = None if starts is None else starts.long().cumsum(1)
+    return run(given["q"], given["k"], given["v"], given["decay"], given.get("state"), documents)
+
+
+def gradients(out, last, given, of_last=True):
+    """Of a weighted sum of outputs, and of the last state."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+    total = (out * weight).sum(dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
+    if of_last:
+        total = total + (last * torch.randn(last.shape, generator=generator).to(last.device)).sum()
+    return torch.autograd.grad(total, list(given.values()))
+
+
+def check_same(given, starts, allowed=2e-5, of_last=True):
+    out, last = by_kernel(given, starts)
+    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    wanted = recur(**exact, starts=starts, backend="torch")
+    torch.testing.assert_close(out.double(), wanted.out, rtol=allowed, atol=allowed)
+    torch.testing.assert_close(last.double(), wanted.state, rtol=allowed, atol=allowed)
+    right = gradients(*wanted, exact, of_last)
+    for name, mine, theirs in zip(given, gradients(out, last, given, of_last), right, strict=True):
+        torch.testing.assert_close(
+            mine.double(), theirs, rtol=allowed, atol=10 * allowed, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+CASES = {
+    "all": {},
+    "documents": {"documents": True, "b": 2, "h": 1},
+    "no state": {"state": False, "n": 100},
+    "one token": {"n": 1},
+    "one chunk": {"n": 32, "state": False},
+    "less than a segment": {"n": 37, "documents": True, "b": 2},
+    "whole chunks": {"n": 96, "d": 16, "dv": 32},
+    "wide": {"d": 40, "dv": 72, "h": 1},
+    "wide, documents": {"d": 72, "dv": 24, "h": 1, "documents": True, "n": 70},
+    "fast": {"fast": 20.0},
+    "very fast": {"fast": 300.0, "documents": True, "h": 1},
+    "mixed": {"fast": "mixed"},
+    "even": {"fast": "even", "documents": True, "h": 1},
+    "slow": {"fast": 1e-3, "documents": True},
+}
+
+
+@CPU
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name, small):
+    check_same(*made(**CASES[name]))
+
+
+@CPU
+@pytest.mark.parametrize("documents", [False, True])
+def test_without_a_gradient_of_the_last_state(documents, small):
+    check_same(*made(documents=documents), of_last=False)
+
+
+@CPU
+@pytest.mark.parametrize("name", ["all", "documents"])
+def test_as_it_is_cut_for_float32(name):
+    check_same(*made(**CASES[name]))
+
+
+@CPU
+def test_longer_chunks_with_what_was_prepared_kept(small, monkeypatch):
+    monkeypatch.setattr(channels_launch, "CHUNK", {False: 64, True: 64})
+    monkeypatch.setattr(channels_launch, "KEEP", True)
+    for fast in ("mixed", "even", 1.0):
+        check_same(*made(h=1, fast=fast, documents=fast != 1.0))
+
+
+@CPU
+def test_only_what_is_wanted_is_differentiated(small):
+    given, _ = made(n=34, h=1)
+    for name in given:
+        alone = {other: t if other == name else t.detach() for other, t in given.items()}
+        (mine,) = torch.autograd.grad(by_kernel(alone, None)[0].square().sum(), [alone[name]])
+        (theirs,) = torch.autograd.grad(recur(**alone, backend="torch").out.square().sum(), [alone[name]])
+        torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=5e-4)
+
+
+@CPU
+def test_grouped_keys_and_half_precision(small):
+    given, _ = made(h=4, n=70)
+    shared = {name: t[:, :2] if name in "kv" else t for name, t in given.items()}
+    wanted = recur(**shared, backend="torch")
+    repeated = {name: t.repeat_interleave(2, 1) if name in "kv" else t for name, t in shared.items()}
+    torch.testing.assert_close(by_kernel(repeated, None)[0], wanted.out, rtol=2e-5, atol=2e-5)
+    low = {name: t.detach().bfloat16() if name in "qkv" else t.detach() for name, t in given.items()}
+    out, _ = by_kernel(low, None)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, recur(**low, backend="torch").out, rtol=2e-2, atol=2e-2)
+
+
+@CPU
+def test_nothing_of_another_document_is_read(small):
+    given, _ = made(n=90, state=False)
+    starts = starts_of(torch.tensor([0, 50, 90]))
+    loud = {name: t.detach().clone() for name, t in given.items()}
+    loud["v"][:, :, :50] = 1e30
+    loud = {name: t.requires_grad_() for name, t in loud.items()}
+    (wanted, last), (out, same) = by_kernel(given, starts), by_kernel(loud, starts)
+    assert torch.equal(out[:, :, 50:], wanted[:, :, 50:])
+    assert torch.equal(last, same)
+    right = gradients(wanted, last, given)
+    for mine, theirs in zip(gradients(out, same, loud), right, strict=True):
+        assert torch.equal(mine[:, :, 50:], theirs[:, :, 50:])
+    assert not right[3][:, :, [0, 50]].any()  # nothing was there to decay
+
+
+@CPU
+def test_a_row_goes_on_where_it_ended(small):
+    given, _ = made(n=100, state=False)
+    whole, end = by_kernel(given, None)
+    state, outs = None, []
+    for a, b in [(0, 33), (33, 34), (34, 100)]:
+        piece = {name: t[:, :, a:b] for name, t in given.items()}
+        out, state = by_kernel(piece if state is None else piece | {"state": state}, None)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 2), whole, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(state, end, rtol=2e-5, atol=2e-5)
+
+
+def test_refusals():
+    q, scalar, wide = torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4, 272)
+
+    def why(q, decay, erase=None):
+        return refuses(inputs(q, q, q, decay, None, erase, None, None, None, None))
+
+    assert why(q, torch.zeros_like(q)) is None
+    assert "each channel" in why(q, scalar)
+    assert "each channel" in why(q, None)
+    assert "only decay and add" in why(q, torch.zeros_like(q), scalar)
+    assert "larger than 256" in why(wide, torch.zeros_like(wide))
+    assert "know" in why(q.double(), torch.zeros_like(q))
+
+
+def far(mine, theirs):
+    """Distance over length."""
+    return float((mine.double() - theirs).norm() / theirs.norm())
+
+
+ON_GPU = {
+    "bfloat16": ({"d": 128, "dv": 128}, torch.bfloat16, 1e-2),
+    "small heads": ({"d": 64, "dv": 64, "documents": True}, torch.bfloat16, 1e-2),
+    "wide heads": ({"d": 256, "dv": 256, "n": 700}, torch.bfloat16, 1e-2),
+    "odd heads": ({"d": 24, "dv": 40, "n": 333, "documents": True}, torch.bfloat16, 1e-2),
+    "fast": ({"d": 128, "dv": 64, "fast": 3.0}, torch.bfloat16, 1e-2),
+    "very fast": ({"d": 64, "dv": 128, "fast": 100.0, "documents": True}, torch.bfloat16, 1e-2),
+    "mixed": ({"d": 128, "dv": 128, "fast": "mixed"}, torch.bfloat16, 1e-2),
+    "even": ({"d": 128, "dv": 64, "fast": "even"}, torch.bfloat16, 1e-2),
+    "float16": ({"d": 64, "dv": 128, "documents": True}, torch.float16, 3e-3),
+    "float32": ({"d": 64, "dv": 64, "documents": True}, torch.float32, 2e-5),
+    "float32, mixed": ({"d": 40, "dv": 72, "fast": "mixed", "n": 500}, torch.float32, 5e-5),
+}
+
+
+@pytest.mark.gpu
+@REAL
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu(name, segments, monkeypatch):
+    monkeypatch.setattr(channels_launch, "SEGMENTS", Segments(10**6 if segments else 0, 10**6, 300))
+    sizes, dtype, allowed = ON_GPU[name]
+    given, starts = made(**({"b": 2, "h": 3, "n": 1500} | sizes), device="cuda", dtype=dtype)
+    out, last = by_kernel(given, starts)
+    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    wanted = recur(**exact, starts=starts, backend="torch")
+    assert far(out, wanted.out) < allowed
+    assert far(last, wanted.state) < allowed
+    mine = gradients(out, last, given)
+    for of, found, right in zip(given, mine, gradients(*wanted, exact), strict=True):
+        assert far(found, right) < 2 * allowed, of
+    again, same = by_kernel(given, starts)
+    assert torch.equal(again, out)
+    assert torch.equal(same, last)
+    assert all(torch.equal(*each) for each in zip(gradients(again, same, given), mine, strict=True))
+
+
+@pytest.mark.gpu
+@REAL
+def test_a_long_row_on_a_gpu():
+    """Slow decay of 65536 tokens: the decay's gradient does not drift."""
+    given, _ = made(h=1, n=65536, d=64, dv=64, fast=0.01, device="cuda", dtype=torch.bfloat16)
+    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    wanted = recur(**exact, backend="torch")
+    out, last = by_kernel(given, None)
+    assert far(out, wanted.out) < 1e-2
+    for of, found, right in zip(given, gradients(out, last, given), gradients(*wanted, exact), strict=True):
+        assert far(found, right) < 2e-2, of
