@@ -59,7 +59,7 @@ def test_what_is_refused_is_said(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("size", [(20, 37), (64, 65), (16, 17), (96, 128)])
-@pytest.mark.parametrize("rule", ["scalar", "channels", "delta", "gated", "channel_delta"])
+@pytest.mark.parametrize("rule", ["scalar", "delta", "gated"])
 def test_sizes_on_a_gpu(size, rule):
     """Heads of any size, bfloat16, values and gradients against float64."""
     d, dv = size
@@ -70,8 +70,8 @@ def test_sizes_on_a_gpu(size, rule):
 
     given = {"q": noise(d).bfloat16(), "k": torch.nn.functional.normalize(noise(d), dim=-1).bfloat16(), "v": noise(dv).bfloat16()}
     if rule != "delta":
-        given["decay"] = -noise(*((d,) if "channel" in rule else ())).abs() / 4
-    if "delta" in rule or rule == "gated":
+        given["decay"] = -noise().abs() / 4
+    if rule != "scalar":
         given |= {"write": noise().sigmoid(), "erase": noise().sigmoid()}
 
     def run(dtype, backend):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..inputs import NOTHING, Inputs
 
 WIDEST = 128
+CHANNELS = False  # whether kernels for a decay of each channel run on a GPU: set it to work on them
 SHORT = 16  # fewer tokens than this are not worth a launch
 
 
@@ -27,7 +28,9 @@ def refuses(given: Inputs) -> str | None:
     if any(t.dtype == torch.float64 for t in tensors) or (given.decay is not None and given.decay.dtype == torch.float64):
         return "the kernels compute in float32, and float64 was given"
     if max(given.q.shape[-1], given.v.shape[-1]) > WIDEST:
-        return f"heads of {max(given.q.shape[-1], given.v.shape[-1])} channels are larger than {WIDEST}, the most that was tested on a GPU"
+        return f"heads of {max(given.q.shape[-1], given.v.shape[-1])} channels are larger than {WIDEST}, the most that was tested"
+    if given.q.is_cuda and not CHANNELS and given.decay is not None and given.decay.shape[-1] > 1:
+        return "the kernels for a decay of each channel are right in Triton's interpreter, and wrong on a GPU so far"
     if given.k.shape[2] < SHORT:
         return f"{given.k.shape[2]} tokens are too few for a launch"
     why: str | None = _family(given).refuses(given)
