@@ -63,6 +63,9 @@ def refuses(given: Inputs) -> str | None:
     """Why these kernels can't run it; None if they can."""
     if given.levels is None:
         return "there are no levels"
+    tensors = (given.q, given.k, given.v, given.decay, given.levels)
+    if given.q.is_cuda and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "gradients of levels are right in Triton's interpreter, and those of queries wrong on a GPU so far"
     if given.erase is not None:
         return "levels with an erasing rule have no kernel"
     if given.decay is not None and given.decay.shape[-1] != 1:
