@@ -14,7 +14,7 @@ from headwise.recurrence import recur, starts_of
 
 pytest.importorskip("triton")
 from headwise.recurrence.inputs import inputs
-from headwise.recurrence.kernels import channels_launch
+from headwise.recurrence.kernels import channels, channels_launch
 from headwise.recurrence.kernels.channels_launch import Cut, Segments, refuses, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -105,6 +105,13 @@ CASES = {
 @CPU
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small):
+    check_same(*made(**CASES[name]))
+
+
+@CPU
+@pytest.mark.parametrize("name", ["all", "fast", "mixed", "even", "slow"])
+def test_slow_decay_met_in_the_middle(name, small, monkeypatch):
+    monkeypatch.setattr(channels, "BRANCH", True)
     check_same(*made(**CASES[name]))
 
 

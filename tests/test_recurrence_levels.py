@@ -21,7 +21,7 @@ CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.xfail(strict=False, reason="gradients of queries are wrong on a GPU for heads of 128, so training does not run these"),
+    pytest.mark.xfail(strict=False, reason="gradients of queries are wrong there for heads of 128; training avoids them"),
 ]
 
 

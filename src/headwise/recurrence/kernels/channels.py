@@ -19,6 +19,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-60.0)  # exp of it is 1e-26: a decay below that leaves nothing
 SLOW = tl.constexpr(40.0)  # powers of two from the middle of a stretch of tokens up to which it is taken apart there
 FINE = tl.constexpr(4)  # stretches of 2^FINE tokens are taken apart in the middle, if the whole chunk is not
+# Whether decay that is slow is met in the middle. False: always taken apart, so that no product is in an `if` on data: a suspect,
+# not proven, of why kernels with such products failed on an H100 with Triton 3.6, though the addresses in their PTX are right.
+BRANCH = tl.constexpr(False)
 
 
 @triton.jit
@@ -159,7 +162,10 @@ def scored(q, k, much, little, C: tl.constexpr, LEVELS: tl.constexpr, TYPE: tl.c
         x = (tl.where(second, q, k) * left).to(TYPE)
         s = tl.where(apart, product(x, tl.trans(x), EXACT), s)
     near, same = from_middle(much, little, C, EXACT)
-    if tl.max(tl.max(tl.abs(near), 0), 0) < SLOW:
+    meets = BRANCH
+    if BRANCH:
+        meets = tl.max(tl.max(tl.abs(near), 0), 0) < SLOW
+    if meets:
         x = product((q * tl.exp2(near)).to(TYPE), tl.trans((k * tl.exp2(-near)).to(TYPE)), EXACT)
         s = tl.where(same, x, s)
     else:
@@ -179,7 +185,10 @@ def pulled(q, k, much, little, pairs, of_q, of_k, C: tl.constexpr, LEVELS: tl.co
     for level in range(FINE, LEVELS):
         of_q, of_k = _pulled_apart(q, k, much, little, both, of_q, of_k, level, C, TYPE, EXACT)
     near, same = from_middle(much, little, C, EXACT)
-    if tl.max(tl.max(tl.abs(near), 0), 0) < SLOW:
+    meets = BRANCH
+    if BRANCH:
+        meets = tl.max(tl.max(tl.abs(near), 0), 0) < SLOW
+    if meets:
         far = tl.exp2(-near)
         near = tl.exp2(near)
         close = tl.where(same, pairs, 0.0).to(TYPE)
@@ -230,7 +239,10 @@ def chunk_kernel(
         q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N)
         k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N)
         much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
-        if tl.max(-total, 0) < 2 * SLOW:  # queries and keys meet in the middle of the chunk
+        meets = BRANCH
+        if BRANCH:
+            meets = tl.max(-total, 0) < 2 * SLOW
+        if meets:  # queries and keys meet in the middle of the chunk
             near = upto(much, little, C, EXACT) - 0.5 * total[None, :]
             half = tl.exp2(0.5 * total)[None, :]
             x = q * tl.exp2(near)
@@ -427,7 +439,10 @@ def gradient_kernel(
     if DOCUMENTS:
         of_q = tl.where((own == before)[:, None], of_q, 0.0)
         of_k = tl.where((own == last)[:, None], of_k, 0.0)
-    if tl.max(-total, 0) < 2 * SLOW:
+    meets = BRANCH
+    if BRANCH:
+        meets = tl.max(-total, 0) < 2 * SLOW
+    if meets:
         near = upto(much, little, C, EXACT) - 0.5 * total[None, :]
         half = tl.exp2(0.5 * total)[None, :]
         far = tl.exp2(-near)
