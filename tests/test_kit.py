@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from broken_attentions import BROKEN, CORRECT
+from broken_states import BROKEN_STATES
 from correct_attentions import Correct
 from torch import nn
 
@@ -22,7 +23,8 @@ from headwise.testing.adapters import Runner, runner_for
 
 CHECKS = {function.__name__.removeprefix("check_"): function for function in checks_for("mixer")}
 SAID = {"oracle", "neutral", "identities"}  # run only if a module says more of itself
-OURS = {"rotary"}  # what only a Mixer can be asked, or what runs inside one
+STATES = {"forms", "implied_weights", "documents", "bounded"}  # what only a mixer that keeps a state can be asked
+OURS = {"rotary"} | STATES  # what only a Mixer can be asked, or what runs inside one
 HUGGING_FACE = {  # class: checks that are skipped besides
     "llama:LlamaAttention": set(),
     "mistral:MistralAttention": set(),
@@ -55,7 +57,7 @@ def item_of(value, **more):
     return Item("mixer", getattr(value, "__name__", type(value).__name__), value, SimpleNamespace(__name__="mine", **more))
 
 
-@pytest.mark.parametrize("case", BROKEN, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", [*BROKEN, *BROKEN_STATES], ids=lambda case: case.name.replace(" ", "-"))
 def test_each_fault_is_told(case):
     with pytest.raises(CheckFailed) as told:
         CHECKS[case.check](case.item)
@@ -69,6 +71,7 @@ def test_correct_ones_pass(case):
     unsaid = {"correct": {"neutral"}, "windowed": {"identities"}, "careful": {"identities"}}.get(
         case.name, {"neutral", "identities", "left_padding"}
     )
+    unsaid |= STATES
     if case.name == "function":
         unsaid |= {"right_padding", "masked_rows"}
     elif case.name != "careful":
@@ -77,7 +80,7 @@ def test_correct_ones_pass(case):
 
 
 def test_every_check_has_a_fault_that_it_finds():
-    assert {case.check for case in BROKEN} == set(CHECKS)
+    assert {case.check for case in [*BROKEN, *BROKEN_STATES]} == set(CHECKS)
 
 
 def test_torch_multihead_attention():
@@ -91,13 +94,13 @@ def test_torch_multihead_attention():
 def test_torch_scaled_dot_product_attention():
     """A built-in function of q, k, v: its parameters are read from its help."""
     found = outcomes(find("torch.nn.functional:scaled_dot_product_attention"))
-    assert {name for name, outcome in found.items() if outcome == "skipped"} == SAID
+    assert {name for name, outcome in found.items() if outcome == "skipped"} == SAID | STATES
     assert {found[n] for n in ("causality", "decode", "left_padding", "groups")} == {"passed"}
 
 
 def test_headwise_attention():
     found = outcomes(find("headwise.mechanisms:Attention"))
-    assert {name for name, outcome in found.items() if outcome == "skipped"} == SAID
+    assert {name for name, outcome in found.items() if outcome == "skipped"} == SAID | STATES
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
@@ -413,14 +416,14 @@ class Mean(nn.Module):
 def test_the_command(tmp_path, monkeypatch, capsys):
     code, out, _ = run_cli(["check", "torch.nn:MultiheadAttention"], monkeypatch, capsys)
     assert code == 0
-    assert "mixer MultiheadAttention: passes 12 of 18, 6 skipped" in out
+    assert "mixer MultiheadAttention: passes 12 of 22, 10 skipped" in out
     assert "oracle skipped: gives no oracle, so a wrong formula would pass unseen" in out
     monkeypatch.chdir(tmp_path)
     for name, before, wanted in (("fine", "", 0), ("leaky", "x.mean(1, keepdim=True) + ", 1)):
         (tmp_path / f"kit_{name}.py").write_text(FILE.replace("{}", before), encoding="utf-8")
         code, out, _ = run_cli(["check", f"kit_{name}:Mean"], monkeypatch, capsys)
         assert code == wanted
-        assert ("fails 1 of 18, 9 skipped" in out and "causality: Mean: leaks the future at position 0" in out) == bool(wanted), out
+        assert ("fails 1 of 22, 13 skipped" in out and "causality: Mean: leaks the future at position 0" in out) == bool(wanted), out
     (tmp_path / "kit_odd.py").write_text("from torch import nn\nclass Odd(nn.Module):\n    def forward(self, x, y): pass\n")
     code, _, err = run_cli(["check", "kit_odd:Odd"], monkeypatch, capsys)
     assert code == 2

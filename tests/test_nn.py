@@ -296,8 +296,8 @@ def test_what_does_not_fit_is_refused():
         stack(mixer=("moh", {"sharing": 1}))
     with pytest.raises(RegistryError, match="transformer can't be built"):
         build("transformer", 50, 32, 2, 4, widht=3)
-    with pytest.raises(RegistryError, match="'moh' has projections of its own"):
-        stack(mixer={"moh": 2, "softmax": 2})
+    with pytest.raises(ShapeError, match="names 3 heads"):
+        stack(mixer={"moh": 2, "softmax": 1})
     for options, told in (
         ({"mixer": ["softmax"] * 2}, "2 mixers for 3 layers"),
         ({"mixer": Attention(32, 4)}, "one module can't be the mixer of 3 layers"),
