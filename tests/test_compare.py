@@ -354,5 +354,7 @@ def test_what_is_learned_against_the_bytes_that_are_kept(tmp_path):
     assert "bytes of all caches after" in text
     by_name = {entry.mechanism: entry.kv_bytes for entry in found.entries}
     assert by_name["hybrid:linear=delta_net,ratio=0"] == by_name["softmax"] > by_name["delta_net"]
+    twice = replace(found, entries=found.entries[:1] * 2)  # as many bytes: no order between them
+    assert plot_memory(twice, tmp_path / "twice.svg").is_file()
     with pytest.raises(InputError, match="1 of 1"):
         plot_memory(replace(found, entries=found.entries[:1]), tmp_path / "memory.svg")

@@ -86,7 +86,8 @@ def _memory(axes: Any, comparison: Comparison, known: list[Entry]) -> None:
     for entry in known:
         groups.setdefault(_group(entry), []).append(entry)
     for number, (name, entries) in enumerate(groups.items()):
-        points = sorted((float(entry.kv_bytes or 0) * comparison.sizes.context, entry) for entry in entries)
+        points = [(float(entry.kv_bytes or 0) * comparison.sizes.context, entry) for entry in entries]
+        points.sort(key=lambda point: point[0])
         look = {"color": _colour(number), "marker": MARKERS[number % len(MARKERS)], "linewidth": 1.4, "markersize": 5}
         axes.plot([at for at, _ in points], [entry.metric.mean for _, entry in points], label=_plain(name), **look)
         for at, entry in points:
