@@ -13,13 +13,17 @@ import torch
 from headwise.recurrence import recur, starts_of
 
 pytest.importorskip("triton")
+from headwise.recurrence import kernels
 from headwise.recurrence.inputs import inputs
 from headwise.recurrence.kernels import channels, channels_launch
 from headwise.recurrence.kernels.channels_launch import Cut, Segments, refuses, run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-REAL = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+REAL = pytest.mark.skipif(
+    INTERPRETED or not torch.cuda.is_available() or not kernels.CHANNELS,
+    reason="needs an NVIDIA GPU, and CHANNELS: these kernels read foreign memory there, and every test after them would fail",
+)
 SMALL = {"chunks": Cut(16, 0, 4, 1), "outputs": Cut(0, 32, 4, 1), "values": Cut(0, 16, 4, 1), "states": Cut(16, 16, 4, 1),
          "gradients": Cut(16, 0, 4, 1)}  # fmt: skip
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -126,11 +127,10 @@ def begin(cache: StateCache, x: Tokens, stages: tuple[Stage, ...], attention_mas
 
 def _documents(now: Pass, stage: Documents, there: Tensor) -> None:
     ids = torch.atleast_2d(stage.ids).to(there.device)
-    ids = ids.expand(len(there), -1)
-    changes = ids.diff(dim=1) != 0
-    if bool((changes.sum(1) + 1 != torch.stack([torch.tensor(len(row.unique())) for row in ids]).to(ids.device)).any()):
+    if any(len(row.unique()) != len(row.unique_consecutive()) for row in ids):
         raise ShapeError("a state is cleared where a document begins, so documents must stand one after the other; ids interleave")
-    begins = torch.cat([torch.ones_like(changes[:, :1]), changes], 1)
+    ids = ids.expand(len(there), -1)
+    begins = F.pad(ids.diff(dim=1) != 0, (1, 0), value=True)
     first = torch.where(begins, torch.arange(begins.shape[1], device=begins.device), 0).cummax(1).values  # of each document
     last = (now.count - 1).clamp(min=0)  # read before
     inside = last - first.gather(1, last[:, None])[:, 0] + 1

@@ -20,6 +20,7 @@ from ...stages.causal import Causal
 from ...stages.window import Window
 from .._caches import Cache, KeyValues
 from .._mixer import Attention, Mixer, Real, Tokens, largest, shake
+from .._norms import rms_normed
 
 CARD = Card(
     paper="UMoE: Unifying Attention and FFN with Shared Experts",
@@ -220,8 +221,7 @@ class Umoe(Mixer):
         dispatch = Dispatch(picked, len(self.query_down))
         inner = dispatch.apply(dispatch.collect(x[:, :, None].expand(-1, -1, picked.shape[2], -1)), self.query_down)
         if self.query_norm is not None:
-            wide = inner.to(torch.promote_types(inner.dtype, torch.float32))
-            inner = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(inner.dtype) * self.query_norm
+            inner = rms_normed(inner, EPSILON).to(inner.dtype) * self.query_norm
         q = self.query(x)[:, :, None] + dispatch.spread(dispatch.apply(inner, self.query_up))
         if self.shared_query is not None:
             q = torch.cat([self.shared_query(x)[:, :, None], q], 2)

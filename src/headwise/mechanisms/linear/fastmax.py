@@ -15,6 +15,7 @@ from ...errors import ShapeError
 from ...stages.causal import Causal
 from .._caches import Cache
 from .._mixer import Tokens, largest
+from .._norms import rms_normed
 from .._states import KernelAttention, Pass, Reading
 from ._carried import CarryCache, running
 from ._taylor import taylor
@@ -76,7 +77,7 @@ class Fastmax(KernelAttention):
             return q / (self.temperature * math.sqrt(q.shape[-1])), k
         q, k = (t - t.mean(-1, keepdim=True) for t in (q, k))
         if self.norm == "token":
-            q, k = (t * torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-12) for t in (q, k))
+            q, k = (rms_normed(t, 1e-12) for t in (q, k))
             return q, k
         for name, t in (("q", q), ("k", k)):
             longest = running(name, t.norm(dim=-1, keepdim=True), now, largest=True)[:, :, -q.shape[2] :]

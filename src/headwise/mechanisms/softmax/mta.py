@@ -17,6 +17,7 @@ from ...card import Card
 from ...errors import ShapeError
 from ...stages.causal import Causal
 from .._mixer import Keys, Mechanism, Outputs, Positions, Queries, Values, largest, shake
+from .._norms import rms_normed
 
 CARD = Card(
     paper="Multi-Token Attention",
@@ -137,8 +138,7 @@ class Mta(Mechanism):
         out = attend(q, k, v, *stages, *near, **places)
         if self.norm is None or self.gate is None:
             return out
-        wide = out.to(torch.promote_types(out.dtype, torch.float32))
-        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(out.dtype) * self.norm
+        normed = rms_normed(out, EPSILON).to(out.dtype) * self.norm
         gated: Tensor = normed * torch.sigmoid(self.gate(normed))
         return gated
 

@@ -18,6 +18,7 @@ from ...errors import ShapeError
 from ...stages.causal import Causal
 from .._caches import Cache, KeyValues, Seen
 from .._mixer import Mixer, Real, Tokens, largest, shake
+from .._norms import rms_normed
 from .._rotary import Rotary
 
 CARD = Card(
@@ -127,7 +128,7 @@ class SharedDiff(Mixer):
         seen = (self.new_cache() if cache is None else cache).extend(q, k, v, attention_mask, self.rotary)
         first, second = self.readings(seen, *stages)
         read = first - self.strength() * second
-        normed = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + EPSILON) * ((1 - self.start) * self.gain)
+        normed = rms_normed(read, EPSILON) * ((1 - self.start) * self.gain)
         merged: Tensor = self.out(normed.to(x.dtype).transpose(1, 2).flatten(2))
         return merged
 

@@ -14,6 +14,7 @@ from ...card import Card
 from ...errors import ShapeError
 from ...mechanisms import Cache, KeyValues, Mixer, Projections
 from ...mechanisms._mixer import Real, Tokens, largest
+from ...mechanisms._norms import rms_normed
 from ...mechanisms.following import KeyFollower
 from ..build import named
 from ..transformer import Block, Transformer
@@ -43,8 +44,7 @@ class Unweighted(nn.Module):
 
     def forward(self, x: Tokens) -> Tokens:
         """(b, n, width) -> the same."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_normed(x, self.eps).to(x.dtype)
 
 
 class Producer(Mixer):

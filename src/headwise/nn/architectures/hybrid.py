@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import registry
 from ...card import Card
 from ...errors import ShapeError
 from ...mechanisms import Attention
@@ -70,10 +72,6 @@ def full_in(model: Transformer) -> list[int]:
 
 def oracle(model: Transformer, ids: Tensor) -> Tensor:
     """One sequence ids (n,): logits (n, vocabulary). Full layers are written out here; linear ones by their own paper's oracle."""
-    import importlib
-
-    from ... import registry
-
     linear = importlib.import_module(registry.load("mechanism", model.config.get("linear", "gated_delta_net")).__module__)
     full, causal = full_in(model), _slow.causal(len(ids))
 
