@@ -27,6 +27,15 @@ def product(a, b, EXACT: tl.constexpr):
 
 
 @triton.jit
+def added(a, b, acc, EXACT: tl.constexpr):
+    """acc + a @ b."""
+    if EXACT:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
 def base2(s, scale, SOFTCAP: tl.constexpr):
     """Products -> scores in base 2. scale: times log2(e). cap * tanh(s / cap), with tanh x = 1 - 2 / (1 + e^(2 x))."""
     if SOFTCAP > 0.0:

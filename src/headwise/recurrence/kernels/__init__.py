@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import NOTHING, Inputs
+from ._host import power
 
 WIDEST = 128
 CHANNELS = False  # whether kernels for a decay of each channel run on a GPU: set it to work on them
@@ -44,7 +45,7 @@ def run(given: Inputs) -> tuple[Tensor, Tensor]:
         decay = decay[..., 0]
     family, documents = _family(given), given.documents
     d, dv = given.q.shape[-1], given.v.shape[-1]
-    wide, tall = _power(d) - d, _power(dv) - dv  # heads of other sizes are made larger by zeros
+    wide, tall = power(d) - d, power(dv) - dv  # heads of other sizes are made larger by zeros
     v = given.v if given.write is None or given.erase is not None else given.values.to(given.v.dtype)
     q, k, v = _filled(given.q, wide), _filled(given.k, wide), _filled(v, tall)
     state = None if given.state is None else _filled(given.state.float(), tall, wide)
@@ -63,11 +64,6 @@ def run(given: Inputs) -> tuple[Tensor, Tensor]:
 
 def _filled(tensor: Tensor, columns: int, rows: int = 0) -> Tensor:
     return F.pad(tensor, (0, columns, 0, rows)) if columns or rows else tensor
-
-
-def _power(size: int) -> int:
-    """The power of two that a head of this size is filled up to, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _family(given: Inputs) -> ModuleType:

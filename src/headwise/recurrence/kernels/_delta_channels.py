@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...attention.kernels.parts import added, product
 from .channels import FINE, SLOW, beyond, from_middle, halves, log_decay, pieces, summed, upto
-from .delta import dot, dot_to, inverse, keep, met, numbers, solved, square, tokens
+from .delta import inverse, keep, met, numbers, solved, square, tokens
 from .delta_backward import written
 
 
@@ -23,20 +24,20 @@ def scored(q, k, much, little, inside, low, C: tl.constexpr, LEVELS: tl.constexp
     for level in range(FINE, LEVELS):
         _, apart, left = halves(much, little, level, C, EXACT)
         y = (k * left).to(TYPE)
-        inside += tl.where(apart & below, dot((q * left).to(TYPE), tl.trans(y), EXACT), 0.0)
-        low += tl.where(apart & below, dot(y, tl.trans(y), EXACT), 0.0)
+        inside += tl.where(apart & below, product((q * left).to(TYPE), tl.trans(y), EXACT), 0.0)
+        low += tl.where(apart & below, product(y, tl.trans(y), EXACT), 0.0)
     near, same = from_middle(much, little, C, EXACT)
     if tl.max(tl.max(tl.abs(near), 0), 0) < SLOW:
         y = tl.trans((k * tl.exp2(-near)).to(TYPE))
         near = tl.exp2(near)
-        inside += tl.where(same, dot((q * near).to(TYPE), y, EXACT), 0.0)
-        low += tl.where(same, dot((k * near).to(TYPE), y, EXACT), 0.0)
+        inside += tl.where(same, product((q * near).to(TYPE), y, EXACT), 0.0)
+        low += tl.where(same, product((k * near).to(TYPE), y, EXACT), 0.0)
     else:
         for level in range(FINE):
             _, apart, left = halves(much, little, level, C, EXACT)
             y = (k * left).to(TYPE)
-            inside += tl.where(apart & below, dot((q * left).to(TYPE), tl.trans(y), EXACT), 0.0)
-            low += tl.where(apart & below, dot(y, tl.trans(y), EXACT), 0.0)
+            inside += tl.where(apart & below, product((q * left).to(TYPE), tl.trans(y), EXACT), 0.0)
+            low += tl.where(apart & below, product(y, tl.trans(y), EXACT), 0.0)
         inside += tl.where(r[:, None] == r[None, :], tl.sum(q.to(tl.float32) * k, 1)[:, None], 0.0)
     return inside, low
 
@@ -80,8 +81,8 @@ def channel_chunk_kernel(
             near = upto(much, little, C, EXACT) - 0.5 * total[None, :]
             y = tl.trans((k * tl.exp2(-near)).to(TYPE))
             near = tl.exp2(near)
-            inside += dot((q * near).to(TYPE), y, EXACT)
-            low += dot((k * near).to(TYPE), y, EXACT)
+            inside += product((q * near).to(TYPE), y, EXACT)
+            low += product((k * near).to(TYPE), y, EXACT)
         else:
             inside, low = scored(q, k, much, little, inside, low, C, LEVELS, TYPE, EXACT)
     matrix = (bh.to(tl.int64) * chunks + i) * C * C
@@ -95,7 +96,7 @@ def channel_chunk_kernel(
     cell = square(mix_ptr + matrix, C)
     solving = x.to(TYPE)
     if BACK:
-        tl.store(cell, tl.trans(dot(inside, solving, EXACT)).to(TYPE))
+        tl.store(cell, tl.trans(product(inside, solving, EXACT)).to(TYPE))
     else:
         tl.store(cell, inside)
     for column in range(0, d, BLOCK):
@@ -113,10 +114,10 @@ def channel_chunk_kernel(
         erasers = (k * (near * erase[:, None])).to(TYPE)
         keep(reads_ptr + place * d, d, start, n, column, d, q * near, C, BLOCK, True, WHOLE_D)
         keep(keys_ptr + place * d, d, start, n, column, d, keys, C, BLOCK, True, WHOLE_D)
-        keep(w_ptr + place * d, d, start, n, column, d, dot(solving, erasers, EXACT), C, BLOCK, True, WHOLE_D)
+        keep(w_ptr + place * d, d, start, n, column, d, product(solving, erasers, EXACT), C, BLOCK, True, WHOLE_D)
         if BACK:
             keep(erasers_ptr + place * d, d, start, n, column, d, erasers, C, BLOCK, True, WHOLE_D)
-            back = dot(tl.trans(solving), keys, EXACT)
+            back = product(tl.trans(solving), keys, EXACT)
             keep(back_ptr + place * d, d, start, n, column, d, back, C, BLOCK, True, WHOLE_D)
         at = column + tl.arange(0, BLOCK)
         tl.store(left_ptr + (bh.to(tl.int64) * chunks + i) * d + at, left, mask=at < d)
@@ -136,10 +137,10 @@ def _pulled_apart(q, k, much, little, pairs, erased, both, of_q, of_reads, of_k,
     x = (q * left).to(TYPE)
     y = (k * left).to(TYPE)
     these = tl.where(apart, pairs, 0.0).to(TYPE)
-    of_q += left * dot(these, y, EXACT)
-    of_reads += left * dot(tl.where(apart, erased, 0.0).to(TYPE), y, EXACT)
-    found = dot(tl.trans(these), x, EXACT)
-    of_k += left * dot_to(tl.trans(tl.where(apart, both, 0.0).to(TYPE)), y, found, EXACT)
+    of_q += left * product(these, y, EXACT)
+    of_reads += left * product(tl.where(apart, erased, 0.0).to(TYPE), y, EXACT)
+    found = product(tl.trans(these), x, EXACT)
+    of_k += left * added(tl.trans(tl.where(apart, both, 0.0).to(TYPE)), y, found, EXACT)
     return of_q, of_reads, of_k
 
 
@@ -159,10 +160,10 @@ def pulled(q, k, much, little, pairs, erased, both, of_q, of_reads, of_k, C: tl.
         near = tl.exp2(near)
         these = tl.where(same, pairs, 0.0).to(TYPE)
         y = (k * far).to(TYPE)
-        of_q += near * dot(these, y, EXACT)
-        of_reads += near * dot(tl.where(same, erased, 0.0).to(TYPE), y, EXACT)
-        found = dot(tl.trans(these), (q * near).to(TYPE), EXACT)
-        of_k += far * dot_to(tl.trans(tl.where(same, both, 0.0).to(TYPE)), (k * near).to(TYPE), found, EXACT)
+        of_q += near * product(these, y, EXACT)
+        of_reads += near * product(tl.where(same, erased, 0.0).to(TYPE), y, EXACT)
+        found = product(tl.trans(these), (q * near).to(TYPE), EXACT)
+        of_k += far * added(tl.trans(tl.where(same, both, 0.0).to(TYPE)), (k * near).to(TYPE), found, EXACT)
     else:
         for level in range(FINE):
             of_q, of_reads, of_k = _pulled_apart(
@@ -212,8 +213,8 @@ def channel_gradient_kernel(
     if DOCUMENTS:
         own, before, last = met(documents, start, n, C)
         seen = seen & (own[:, None] == own[None, :])
-    pairs = tl.where(seen, dot(do, tl.trans(values), EXACT), 0.0).to(TYPE)
-    erased = tl.where(seen & (r[:, None] > r[None, :]), -dot(y, tl.trans(values), EXACT), 0.0)
+    pairs = tl.where(seen, product(do, tl.trans(values), EXACT), 0.0).to(TYPE)
+    erased = tl.where(seen & (r[:, None] > r[None, :]), -product(y, tl.trans(values), EXACT), 0.0)
     both = (erased * erase[:, None]).to(TYPE)
     erased = erased.to(TYPE)
     of_erase = tl.zeros([C], tl.float32)
@@ -228,9 +229,9 @@ def channel_gradient_kernel(
             state = tl.load(states_ptr + cell, mask=exists, other=0.0)
             change = tl.load(changes_ptr + cell, mask=exists, other=0.0)
         kept = tl.sum(state.to(tl.float32) * change, 1)
-        of_q = dot(do, tl.trans(state), EXACT)
-        of_reads = -dot(y, tl.trans(state), EXACT)
-        of_k = dot(values, tl.trans(change), EXACT)
+        of_q = product(do, tl.trans(state), EXACT)
+        of_reads = -product(y, tl.trans(state), EXACT)
+        of_k = product(values, tl.trans(change), EXACT)
         q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N, WHOLE_D)
         k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N, WHOLE_D)
         much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
@@ -248,10 +249,10 @@ def channel_gradient_kernel(
             of_k *= half
             kept += tl.sum(of_k * (k * far), 0)
             z = (k * far).to(TYPE)
-            of_q = near * dot_to(pairs, z, of_q * half, EXACT)
-            of_reads = near * dot_to(erased, z, of_reads * half, EXACT)
-            of_k = dot_to(tl.trans(pairs), (q * near).to(TYPE), of_k, EXACT)
-            of_k = far * dot_to(tl.trans(both), (k * near).to(TYPE), of_k, EXACT)
+            of_q = near * added(pairs, z, of_q * half, EXACT)
+            of_reads = near * added(erased, z, of_reads * half, EXACT)
+            of_k = added(tl.trans(pairs), (q * near).to(TYPE), of_k, EXACT)
+            of_k = far * added(tl.trans(both), (k * near).to(TYPE), of_k, EXACT)
         else:
             near = tl.exp2(upto(much, little, C, EXACT))
             of_q *= near

@@ -15,31 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ...attention.kernels.parts import LOG2E, added, product
+
 NOTHING = tl.constexpr(-60.0)  # exp of it is 1e-26: a decay below that leaves nothing
 SLOW = tl.constexpr(40.0)  # powers of two from the middle of a stretch of tokens up to which it is taken apart there
 FINE = tl.constexpr(4)  # stretches of 2^FINE tokens are taken apart in the middle, if the whole chunk is not
 # Whether decay that is slow is met in the middle. False: always taken apart, so that no product is in an `if` on data: a suspect,
 # not proven, of why kernels with such products failed on an H100 with Triton 3.6, though the addresses in their PTX are right.
 BRANCH = tl.constexpr(False)
-
-
-@triton.jit
-def product(a, b, EXACT: tl.constexpr):
-    """a @ b in float32; EXACT: of float32 operands without rounding them first."""
-    if EXACT:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b)
-
-
-@triton.jit
-def added(a, b, acc, EXACT: tl.constexpr):
-    """acc + a @ b."""
-    if EXACT:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc)
 
 
 @triton.jit

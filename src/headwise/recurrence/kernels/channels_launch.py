@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..inputs import Inputs
+from ._host import alike, like, nothing_to_do, power, readable, unfit
 
 WIDEST = 256
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,7 @@ def refuses(given: Inputs) -> str | None:
         return "these kernels only decay and add"
     if given.decay is None or given.decay.shape[-1] != given.q.shape[-1]:
         return "the decay is not one of each channel"
-    if max(given.q.shape[-1], given.v.shape[-1]) > WIDEST:
-        return f"heads of size {max(given.q.shape[-1], given.v.shape[-1])} are larger than {WIDEST}"
-    if any(t.dtype not in TYPES for t in (given.q, given.k, given.v)):
-        return "the kernels know bfloat16, float16 and float32"
-    return None
+    return unfit(given, WIDEST)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,31 +80,11 @@ def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None, do
     q, k: (b, h, n, d), v: (b, h, n, dv), of any strides but neighbours along heads. decay: (b, h, n, d) log factors up to 0.
     documents: (b, n), how many began at or before each token. Differentiable once in all but those.
     """
-    b, h, n, d = q.shape
-    if 0 in (b, h, n, d, v.shape[-1]):
-        last = q.new_zeros(b, h, d, v.shape[-1], dtype=torch.float32) if state is None else state.float()
-        return torch.zeros_like(v), last
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return _Channels.apply(q.to(dtype), k.to(dtype), v.to(dtype), decay, state, documents)  # type: ignore[no-untyped-call]
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """With heads' numbers next to each other; Triton's interpreter, which has no bfloat16 products, gets the same in float32."""
-    tensor = tensor.detach()
-    if not tensor.is_cuda and tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def power(size: int) -> int:
-    """The power of two that holds this size, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def like(tensor: Tensor) -> Tensor:
-    """Empty, as (b, h, n, d) seen of (b, n, h, d), as heads usually come."""
-    b, h, n, d = tensor.shape
-    return tensor.new_empty(b, n, h, d).transpose(1, 2)
+    nothing = nothing_to_do(q, v, state)
+    if nothing is not None:
+        return nothing
+    q, k, v = alike(q, k, v)
+    return _Channels.apply(q, k, v, decay, state, documents)  # type: ignore[no-untyped-call]
 
 
 class Chunks(NamedTuple):

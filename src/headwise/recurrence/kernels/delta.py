@@ -17,25 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def dot(a, b, EXACT: tl.constexpr):
-    """a @ b in float32; EXACT: of float32 operands without rounding them first."""
-    if EXACT:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b)
-
-
-@triton.jit
-def dot_to(a, b, acc, EXACT: tl.constexpr):
-    """acc + a @ b."""
-    if EXACT:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc)
+from ...attention.kernels.parts import LOG2E, added, product
 
 
 @triton.jit
@@ -162,7 +144,7 @@ def solved(x, v, write, write_stride, u, start, n, dv, BLOCK: tl.constexpr, WRIT
     x = x.to(TYPE)
     for column in range(0, dv, BLOCK):
         z = tokens(v, v_stride, start, n, column, dv, C, BLOCK, WHOLE_N, WHOLE_DV).to(TYPE)
-        keep(u, dv, start, n, column, dv, dot(x, z, EXACT), C, BLOCK, True, WHOLE_DV)
+        keep(u, dv, start, n, column, dv, product(x, z, EXACT), C, BLOCK, True, WHOLE_DV)
 
 
 @triton.jit
@@ -201,9 +183,9 @@ def chunk_kernel(
     for column in tl.range(0, d, BLOCK, num_stages=STAGES):
         k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N, WHOLE_D).to(TYPE)
         q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N, WHOLE_D).to(TYPE)
-        inside = dot_to(q, tl.trans(k), inside, EXACT)
+        inside = added(q, tl.trans(k), inside, EXACT)
         if not (BACK and KEPT):
-            low = dot_to(k, tl.trans(k), low, EXACT)
+            low = added(k, tl.trans(k), low, EXACT)
     matrix = (bh.to(tl.int64) * chunks + i) * C * C
     if BACK and KEPT:
         x = tl.load(square(x_ptr + matrix, C)).to(tl.float32)
@@ -221,16 +203,16 @@ def chunk_kernel(
         tl.store(far_ptr + at, far)
         tl.store(left_ptr + bh.to(tl.int64) * chunks + i, left)
     if BACK:
-        tl.store(cell, tl.trans(dot(inside, x.to(TYPE), EXACT)).to(TYPE))
+        tl.store(cell, tl.trans(product(inside, x.to(TYPE), EXACT)).to(TYPE))
         turned = tl.trans((x * far[:, None]).to(TYPE))
     else:
         tl.store(cell, inside)
     reads = (x * gone[None, :]).to(TYPE)
     for column in range(0, d, BLOCK):
         k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N, WHOLE_D).to(TYPE)
-        keep(w_ptr + place * d, d, start, n, column, d, dot(reads, k, EXACT), C, BLOCK, True, WHOLE_D)
+        keep(w_ptr + place * d, d, start, n, column, d, product(reads, k, EXACT), C, BLOCK, True, WHOLE_D)
         if BACK:
-            keep(back_ptr + place * d, d, start, n, column, d, dot(turned, k, EXACT), C, BLOCK, True, WHOLE_D)
+            keep(back_ptr + place * d, d, start, n, column, d, product(turned, k, EXACT), C, BLOCK, True, WHOLE_D)
     solved(
         x, v_base, write_ptr + b * write_sb + head * write_sh, write_sn, u_ptr + place * dv, start, n, dv, BLOCK, WRITE, C,
         WHOLE_N, WHOLE_DV, TYPE, EXACT, v_sn,
@@ -301,7 +283,7 @@ def walk_kernel(
         u = tokens(u_ptr + place * dv, dv, start, n, column, width, C, T, True, WHOLE_T)
         y = tokens(y_base, y_sn, start, n, 0, d, C, D, WHOLE_N, WHOLE_D).to(TYPE)
         small = state.to(TYPE)
-        values = u - dot(w, small, EXACT)
+        values = u - product(w, small, EXACT)
         low = values.to(TYPE)
         if STATES:
             cell, present = state_at(states_ptr + (bh * chunks + i) * d * dv, d, dv, column, D, T)
@@ -312,22 +294,22 @@ def walk_kernel(
             keep(values_ptr + place * dv, dv, start, n, column, dv, low, C, T, True, WHOLE_T)
         if KIND == 1:
             far = tl.load(far_ptr + place + start + r)
-            state = dot_to(tl.trans(y), (values * far[:, None]).to(TYPE), state * tl.load(left_ptr + bh * chunks + i), EXACT)
+            state = added(tl.trans(y), (values * far[:, None]).to(TYPE), state * tl.load(left_ptr + bh * chunks + i), EXACT)
         elif KIND == 2:
             if WHOLE_D:
                 left = tl.load(left_ptr + (bh * chunks + i) * d + at)
             else:
                 left = tl.load(left_ptr + (bh * chunks + i) * d + at, mask=at < d, other=1.0)
-            state = dot_to(tl.trans(y), low, state * left[:, None], EXACT)
+            state = added(tl.trans(y), low, state * left[:, None], EXACT)
         else:
-            state = dot_to(tl.trans(y), low, state, EXACT)
+            state = added(tl.trans(y), low, state, EXACT)
         if OUT:
             x = tokens(x_base, x_sn, start, n, 0, d, C, D, WHOLE_N, WHOLE_D).to(TYPE)
-            out = dot(x, small, EXACT)
+            out = product(x, small, EXACT)
             if KIND == 1:
                 out = out * tl.load(near_ptr + place + start + r)[:, None]
             inside = tl.load(square(mix_ptr + (bh * chunks + i) * C * C, C))
-            keep(out_base, out_sn, start, n, column, dv, dot_to(inside, low, out, EXACT), C, T, WHOLE_N, WHOLE_T)
+            keep(out_base, out_sn, start, n, column, dv, added(inside, low, out, EXACT), C, T, WHOLE_N, WHOLE_T)
     if OUT:
         if segment == segments - 1:
             where, exists = state_at(last_ptr + bh * d * dv, d, dv, column, D, T)

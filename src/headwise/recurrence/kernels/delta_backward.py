@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .delta import dot, dot_to, keep, left_between, met, numbers, square, state_at, tokens
+from ...attention.kernels.parts import added, product
+from .delta import keep, left_between, met, numbers, square, state_at, tokens
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def back_kernel(
         x = tokens(x_base, x_sn, start, n, 0, d, C, D, WHOLE_N, WHOLE_D).to(TYPE)
         y = tokens(y_base, y_sn, start, n, 0, d, C, D, WHOLE_N, WHOLE_D).to(TYPE)
         small = state.to(TYPE)
-        values = dot_to(mix, do, dot(back, small, EXACT), EXACT)
+        values = added(mix, do, product(back, small, EXACT), EXACT)
         if not ADDED:
             cell, present = state_at(states_ptr + (bh * chunks + i) * d * dv, d, dv, column, D, T)
             if WHOLE_D and WHOLE_T:
@@ -78,15 +79,15 @@ def back_kernel(
                 left = tl.load(left_ptr + (bh * chunks + i) * d + at)
             else:
                 left = tl.load(left_ptr + (bh * chunks + i) * d + at, mask=at < d, other=1.0)
-            state = dot_to(tl.trans(x), do, state * left[:, None], EXACT)
-            state = dot_to(tl.trans(y), (-values).to(TYPE), state, EXACT)
+            state = added(tl.trans(x), do, state * left[:, None], EXACT)
+            state = added(tl.trans(y), (-values).to(TYPE), state, EXACT)
         else:
             if KIND == 1:
                 state = state * tl.load(left_ptr + bh * chunks + i)
                 do = (do * tl.load(near_ptr + place + start + r)[:, None]).to(TYPE)
             gone = tl.load(gone_ptr + place + start + r)
-            state = dot_to(tl.trans(x), do, state, EXACT)
-            state = dot_to(tl.trans(y), (values * -gone[:, None]).to(TYPE), state, EXACT)
+            state = added(tl.trans(x), do, state, EXACT)
+            state = added(tl.trans(y), (values * -gone[:, None]).to(TYPE), state, EXACT)
     if LAST:
         if segment == 0:
             where, exists = state_at(last_ptr + bh * d * dv, d, dv, column, D, T)
@@ -148,8 +149,8 @@ def gradient_kernel(
     )  # fmt: skip
     erase = numbers(erase_ptr + b * erase_sb + head * erase_sh, erase_sn, start, n, C)
     between, near, far, left = left_between(decay_ptr + b * g_sb + head * g_sh, g_sn, documents, start, n, DECAY, DOCUMENTS, C)
-    pairs = (dot(do, tl.trans(values), EXACT) * between).to(TYPE)
-    erased = -dot(y, tl.trans(values), EXACT) * between
+    pairs = (product(do, tl.trans(values), EXACT) * between).to(TYPE)
+    erased = -product(y, tl.trans(values), EXACT) * between
     erased = tl.where(r[:, None] > r[None, :], erased, 0.0)
     both = (erased * erase[:, None]).to(TYPE)
     erased = erased.to(TYPE)
@@ -168,19 +169,19 @@ def gradient_kernel(
             exists = (at < d)[:, None] & (there < dv)[None, :]
             state = tl.load(states_ptr + cell, mask=exists, other=0.0)
             change = tl.load(changes_ptr + cell, mask=exists, other=0.0)
-        of_q = dot(do, tl.trans(state), EXACT)
-        of_reads = -dot(y, tl.trans(state), EXACT)
-        of_k = dot(values, tl.trans(change), EXACT)
+        of_q = product(do, tl.trans(state), EXACT)
+        of_reads = -product(y, tl.trans(state), EXACT)
+        of_k = product(values, tl.trans(change), EXACT)
         if DECAY or DOCUMENTS:
             of_q *= near[:, None]
             of_reads *= near[:, None]
             of_k *= far[:, None]
         if DECAY:
             crossed += left * tl.sum(state.to(tl.float32) * change) + tl.sum(of_k * k)
-        of_q = dot_to(pairs, k, of_q, EXACT)
-        of_reads = dot_to(erased, k, of_reads, EXACT)
-        of_k = dot_to(tl.trans(pairs), q, of_k, EXACT)
-        of_k = dot_to(tl.trans(both), k, of_k, EXACT)
+        of_q = added(pairs, k, of_q, EXACT)
+        of_reads = added(erased, k, of_reads, EXACT)
+        of_k = added(tl.trans(pairs), q, of_k, EXACT)
+        of_k = added(tl.trans(both), k, of_k, EXACT)
         of_one = tl.sum(of_reads * k, 1)
         of_erase += of_one
         if DECAY:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scalar import dot, dot_to, head_of, keep, read, tokens
+from ...attention.kernels.parts import added, product
+from .scalar import head_of, keep, read, tokens
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def blocks_kernel(
     levels_sb, levels_sh, levels_sn, heads, n, d, dz, units, count, height,
     REVERSE: tl.constexpr, TURNED: tl.constexpr, DECAY: tl.constexpr, MOMENTS: tl.constexpr, WEIGHTS: tl.constexpr,
     C: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr, UNIT_BITS: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+    WHOLE_N: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: T columns of the outputs of one chunk, of C = 2^BITS tokens; a unit has CHUNKS = 2^UNIT_BITS of them.
@@ -93,38 +94,38 @@ def blocks_kernel(
     local = chunk % CHUNKS
     b = bh // heads
     head = bh % heads
-    x_base = head_of(x_ptr, b, head, x_sb, x_sh, TMA)
-    y_base = head_of(y_ptr, b, head, y_sb, y_sh, TMA)
-    z_base = head_of(z_ptr, b, head, z_sb, z_sh, TMA)
-    u_base = head_of(u_ptr, b, head, u_sb, u_sh, TMA)
-    out_base = head_of(out_ptr, b, head, out_sb, out_sh, TMA)
+    x_base = head_of(x_ptr, b, head, x_sb, x_sh, False)
+    y_base = head_of(y_ptr, b, head, y_sb, y_sh, False)
+    z_base = head_of(z_ptr, b, head, z_sb, z_sh, False)
+    u_base = head_of(u_ptr, b, head, u_sb, u_sh, False)
+    out_base = head_of(out_ptr, b, head, out_sb, out_sh, False)
     levels = levels_ptr + b.to(tl.int64) * levels_sb + head.to(tl.int64) * levels_sh
     sums = sums_ptr + (bh.to(tl.int64) * units + unit) * (CHUNKS * C)
     start = chunk * C
     r = tl.arange(0, C)
     t = start + r
     of_levels = of_levels_ptr + (bh.to(tl.int64) * n + t) * count
-    x = tokens(x_base, b, head, x_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, TMA)
-    y = tokens(y_base, b, head, y_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, TMA)
-    z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
+    x = tokens(x_base, b, head, x_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, False)
+    y = tokens(y_base, b, head, y_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, False)
+    z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, False)
     if MOMENTS or WEIGHTS:
-        u = tokens(u_base, b, head, u_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
+        u = tokens(u_base, b, head, u_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, False)
     c = tl.zeros([C], tl.float32)
     if DECAY:
         c = tl.load(sums + local * C + r)
     rest = tl.zeros([C], tl.float32)  # of the last level's gradient
 
     left, weights, level = between(sums + local * C, levels, levels_sn, start, n, count, REVERSE, DECAY, C, BITS)
-    s = dot(x, tl.trans(y), EXACT) * left
+    s = product(x, tl.trans(y), EXACT) * left
     if WEIGHTS:
-        both = s * dot(u, tl.trans(z), EXACT)
+        both = s * product(u, tl.trans(z), EXACT)
         for at in tl.static_range(BITS + 1):
             of_one = tl.sum(tl.where(level == at, both, 0.0), 1)
             rest += tl.where(at < count - 1, 0.0, of_one)
             tl.store(of_levels + at, of_one, mask=t < tl.where(at < count - 1, n, 0))
         # Loaded anew: one load for both products makes the compiler fail where the loop below has them too.
-        z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
-    out = dot((s * weights).to(z.dtype), z, EXACT)
+        z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, False)
+    out = product((s * weights).to(z.dtype), z, EXACT)
 
     if UNIT_BITS > 0:
         others = local
@@ -138,17 +139,17 @@ def blocks_kernel(
             else:
                 other = local - 1 - step
             there = (unit * CHUNKS + other) * C
-            y_there = tokens(y_base, b, head, y_sn, there, n, d, 0, C, D, WHOLE_N, WHOLE_D, TMA)
-            z_there = tokens(z_base, b, head, z_sn, there, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
+            y_there = tokens(y_base, b, head, y_sn, there, n, d, 0, C, D, WHOLE_N, WHOLE_D, False)
+            z_there = tokens(z_base, b, head, z_sn, there, n, dz, column, C, T, WHOLE_N, WHOLE_T, False)
             apart = BITS + bits_of(local ^ other, UNIT_BITS)
-            pairs = dot(x, tl.trans(y_there), EXACT)
+            pairs = product(x, tl.trans(y_there), EXACT)
             if DECAY:
                 gap = c[:, None] - tl.load(sums + other * C + r)[None, :]
                 if REVERSE:
                     gap = -gap
                 pairs = pairs * tl.exp2(tl.minimum(gap, 0.0))
             if WEIGHTS:  # levels do not fall from one chunk to the next: what was stored is replaced by larger sums
-                of_level = tl.sum(pairs * dot(u, tl.trans(z_there), EXACT), 1)
+                of_level = tl.sum(pairs * product(u, tl.trans(z_there), EXACT), 1)
                 found = tl.where(apart == before, found + of_level, of_level)
                 before = apart
                 rest += tl.where(apart < count - 1, 0.0, of_level)
@@ -157,7 +158,7 @@ def blocks_kernel(
                 pairs = pairs * weight(levels, levels_sn, there, n, apart, count, C)[None, :]
             else:
                 pairs = pairs * weight(levels, levels_sn, start, n, apart, count, C)[:, None]
-            out = dot_to(pairs.to(z.dtype), z_there, out, EXACT)
+            out = added(pairs.to(z.dtype), z_there, out, EXACT)
 
     rows = tl.arange(0, D)
     columns = column + tl.arange(0, T)
@@ -185,7 +186,7 @@ def blocks_kernel(
                     rest += tl.where(older < count - 1, 0.0, of_node)
                     tl.store(of_levels + older, of_node, mask=t < tl.where(older < count - 1, n, 0))
                 out += met * weight(levels, levels_sn, start, n, older, count, C)[:, None]
-    keep(out_base, b, head, out_sn, start, n, dz, column, out, C, T, TMA)
+    keep(out_base, b, head, out_sn, start, n, dz, column, out, C, T, False)
     if WEIGHTS:
         tl.store(of_levels + count - 1, rest, mask=t < n)
     if MOMENTS:
@@ -208,18 +209,18 @@ def load_node(node, rows, columns, d, dz, TURNED: tl.constexpr):
 def sums_of(y_ptr, z_ptr, states_ptr, sums_ptr, levels_ptr, b, head, bh, slot, first, end, y_sb, y_sh, y_sn, z_sb, z_sh, z_sn,
             levels_sb, levels_sh, levels_sn, n, d, dz, units, count, column, level, GRADIENT: tl.constexpr, DECAY: tl.constexpr,
             C: tl.constexpr, CHUNKS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WHOLE_N: tl.constexpr,
-            WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr,
+            WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, EXACT: tl.constexpr,
             STAGES: tl.constexpr):  # fmt: skip
     """Sums y_t z_t^T over the tokens of units first..end: decayed to the unit's end, or, GRADIENT, from where the first begins."""
-    y_base = head_of(y_ptr, b, head, y_sb, y_sh, TMA)
-    z_base = head_of(z_ptr, b, head, z_sb, z_sh, TMA)
+    y_base = head_of(y_ptr, b, head, y_sb, y_sh, False)
+    z_base = head_of(z_ptr, b, head, z_sb, z_sh, False)
     levels = levels_ptr + b.to(tl.int64) * levels_sb + head.to(tl.int64) * levels_sh
     state = tl.zeros([D, T], tl.float32)
     gone = 0.0
     for chunk in tl.range(first * CHUNKS, tl.minimum(end * CHUNKS, tl.cdiv(n, C)), num_stages=STAGES):
         start = chunk * C
-        y = tokens(y_base, b, head, y_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, TMA)
-        z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
+        y = tokens(y_base, b, head, y_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, False)
+        z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, False)
         factor = tl.full([C], 1.0, tl.float32)
         if DECAY:
             at = sums_ptr + bh.to(tl.int64) * units * (CHUNKS * C) + start
@@ -233,9 +234,9 @@ def sums_of(y_ptr, z_ptr, states_ptr, sums_ptr, levels_ptr, b, head, bh, slot, f
         if GRADIENT:
             factor = factor * weight(levels, levels_sn, start, n, level, count, C)
         if DECAY or GRADIENT:
-            state = dot_to(tl.trans(y), (z * factor[:, None]).to(z.dtype), state, EXACT)
+            state = added(tl.trans(y), (z * factor[:, None]).to(z.dtype), state, EXACT)
         else:
-            state = dot_to(tl.trans(y), z, state, EXACT)
+            state = added(tl.trans(y), z, state, EXACT)
     rows = tl.arange(0, D)
     columns = column + tl.arange(0, T)
     where = states_ptr + (bh.to(tl.int64) * (units - 1) + slot) * d * dz + rows[:, None] * dz + columns[None, :]
@@ -247,7 +248,7 @@ def leaves_kernel(
     y_ptr, z_ptr, states_ptr, sums_ptr, levels_ptr, y_sb, y_sh, y_sn, z_sb, z_sh, z_sn, levels_sb, levels_sh, levels_sn,
     heads, n, d, dz, units, count, height, GRADIENT: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr,
     CHUNKS: tl.constexpr, UNIT_BITS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, WHOLE_N: tl.constexpr,
-    WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, EXACT: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE_D: tl.constexpr, WHOLE_T: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What each unit but the last writes, (b * heads, units - 1, d, dz); GRADIENT, where y and z are q and do: what the readers
     of each node add to its gradient, larger nodes first."""
@@ -264,11 +265,11 @@ def leaves_kernel(
         sums_of(y_ptr, z_ptr, states_ptr, sums_ptr, levels_ptr, b, head, bh, slot, slot + 1,
                 tl.minimum(slot + 1 + (1 << bit), units), y_sb, y_sh, y_sn, z_sb, z_sh, z_sn, levels_sb, levels_sh, levels_sn,
                 n, d, dz, units, count, column, BITS + UNIT_BITS + 1 + bit, GRADIENT, DECAY, C, CHUNKS, D, T, WHOLE_N,
-                WHOLE_D, WHOLE_T, EXACT, TMA, STAGES)  # fmt: skip
+                WHOLE_D, WHOLE_T, EXACT, STAGES)  # fmt: skip
     else:
         sums_of(y_ptr, z_ptr, states_ptr, sums_ptr, levels_ptr, b, head, bh, rank, rank, rank + 1, y_sb, y_sh, y_sn,
                 z_sb, z_sh, z_sn, levels_sb, levels_sh, levels_sn, n, d, dz, units, count, column, 0, GRADIENT, DECAY, C,
-                CHUNKS, D, T, WHOLE_N, WHOLE_D, WHOLE_T, EXACT, TMA, STAGES)  # fmt: skip
+                CHUNKS, D, T, WHOLE_N, WHOLE_D, WHOLE_T, EXACT, STAGES)  # fmt: skip
 
 
 @triton.jit

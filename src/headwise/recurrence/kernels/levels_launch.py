@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..inputs import Inputs
-from . import scalar_launch
-from .scalar_launch import DECAY, SUMS, describable, described, like, power, readable
+from ._host import alike, like, power, readable, unfit
+from .scalar_launch import DECAY, SUMS
 
-TMA = False  # loads by descriptors: with them gradients of queries came out wrong on a GPU (Triton 3.6)
 WIDEST = 128  # heads of 256 compiled, and read memory that is not theirs
 
 
@@ -72,13 +71,7 @@ def refuses(given: Inputs) -> str | None:
         return "levels with a decay of each channel have no kernel"
     if given.state is not None or given.documents is not None or given.real is not None:
         return "levels from a state, with documents or with padding have no kernel"
-    if max(given.q.shape[-1], given.v.shape[-1]) > WIDEST:
-        return f"heads of size {max(given.q.shape[-1], given.v.shape[-1])} are larger than {WIDEST}"
-    if given.q.dtype == torch.float16 and max(given.q.shape[-1], given.v.shape[-1]) > WIDEST // 2:
-        return f"levels of float16 heads that are larger than {WIDEST // 2} have no kernel"
-    if any(t.dtype not in (torch.float32, *scalar_launch.HALVES) for t in (given.q, given.k, given.v)):
-        return "the kernels know bfloat16, float16 and float32"
-    return None
+    return unfit(given, WIDEST)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, levels: Tensor) -> Tensor:
@@ -89,8 +82,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, levels: Tensor) -
     """
     if 0 in (*q.shape, v.shape[-1]):
         return torch.zeros_like(v)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return _Levels.apply(q.to(dtype), k.to(dtype), v.to(dtype), decay, levels)  # type: ignore[no-untyped-call]
+    return _Levels.apply(*alike(q, k, v), decay, levels)  # type: ignore[no-untyped-call]
 
 
 class Call:
@@ -153,15 +145,13 @@ class Call:
         constants = self.constants(cut, d, dz)
         if of_levels is not None and constants["T"] < dz:
             constants |= {"T": power(dz), "WHOLE_T": power(dz) == dz}
-        wide, tile = constants["D"], constants["T"]
-        tiles = -(-dz // tile)
+        tiles = -(-dz // constants["T"])
         found = self.nothing.new_empty(tiles, self.rows, self.n) if moments else None
         u = z if u is None else u
-        sources, strides, tma = _sources(cut, (x, wide), (y, wide), (z, tile), (u, tile), (out, tile))
         blocks_kernel[(self.rows * -(-self.n // cut.chunk) * tiles,)](
-            *sources, self.sums, levels, nodes, self.spans, self.nothing if of_levels is None else of_levels,
-            self.nothing if found is None else found, *strides, *levels.stride()[:3], self.h, self.n, d, dz, self.units,
-            self.count, self.height, REVERSE=reverse, TURNED=turned, MOMENTS=moments, WEIGHTS=of_levels is not None, TMA=tma,
+            x, y, z, u, out, self.sums, levels, nodes, self.spans, self.nothing if of_levels is None else of_levels,
+            self.nothing if found is None else found, *_strides(x, y, z, u, out, levels), self.h, self.n, d, dz, self.units,
+            self.count, self.height, REVERSE=reverse, TURNED=turned, MOMENTS=moments, WEIGHTS=of_levels is not None,
             **constants,
         )  # fmt: skip
         return found
@@ -175,10 +165,9 @@ class Call:
             return states
         cut = self.cut("leaves")
         constants = self.constants(cut, self.d, self.dv)
-        sources, strides, tma = _sources(cut, (y, constants["D"]), (z, constants["T"]))
         leaves_kernel[(self.rows * self.slots * -(-self.dv // constants["T"]),)](
-            *sources, states, self.sums, levels, *strides, *levels.stride()[:3], self.h, self.n, self.d, self.dv, self.units,
-            self.count, self.height, GRADIENT=gradient, TMA=tma, **constants,
+            y, z, states, self.sums, levels, *_strides(y, z, levels), self.h, self.n, self.d, self.dv, self.units,
+            self.count, self.height, GRADIENT=gradient, **constants,
         )  # fmt: skip
         return states
 
@@ -212,11 +201,9 @@ class Call:
         return found
 
 
-def _sources(cut: Cut, *tensors: tuple[Tensor, int]) -> tuple[list[Any], list[int], bool]:
-    """Tensors as kernels take them, with columns of a block: themselves and their strides, or descriptors; and whether those."""
-    if TMA and describable(*(tensor for tensor, _ in tensors)):
-        return [described(tensor, cut.chunk, columns) for tensor, columns in tensors], [0] * (3 * len(tensors)), True
-    return [tensor for tensor, _ in tensors], [stride for tensor, _ in tensors for stride in tensor.stride()[:3]], False
+def _strides(*tensors: Tensor) -> list[int]:
+    """From row to row, head to head and token to token, of each."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 class _Levels(torch.autograd.Function):

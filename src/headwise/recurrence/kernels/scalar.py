@@ -15,25 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def dot(a, b, EXACT: tl.constexpr):
-    """a @ b in float32; EXACT: of float32 operands without rounding them first."""
-    if EXACT:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b)
-
-
-@triton.jit
-def dot_to(a, b, acc, EXACT: tl.constexpr):
-    """acc + a @ b."""
-    if EXACT:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc)
+from ...attention.kernels.parts import LOG2E, added, product
 
 
 @triton.jit
@@ -207,15 +189,15 @@ def walk_kernel(
         x = tokens(x_base, b, head, x_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, TMA)
         y = tokens(y_base, b, head, y_sn, start, n, d, 0, C, D, WHOLE_N, WHOLE_D, TMA)
         z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
-        s = dot(x, tl.trans(y), EXACT) * between(sums, documents, start, n, REVERSE, DECAY, DOCUMENTS, C)
+        s = product(x, tl.trans(y), EXACT) * between(sums, documents, start, n, REVERSE, DECAY, DOCUMENTS, C)
         out = read(x, state, EXACT)
         if DECAY or DOCUMENTS:
             of_read, of_write, left = factors(sums, documents, start, n, REVERSE, DECAY, DOCUMENTS, C)
             out = out * of_read[:, None]
-            state = dot_to(tl.trans(y), (z * of_write[:, None]).to(z.dtype), state * left, EXACT)
+            state = added(tl.trans(y), (z * of_write[:, None]).to(z.dtype), state * left, EXACT)
         else:
-            state = dot_to(tl.trans(y), z, state, EXACT)
-        out = dot_to(s.to(z.dtype), z, out, EXACT)
+            state = added(tl.trans(y), z, state, EXACT)
+        out = added(s.to(z.dtype), z, out, EXACT)
         keep(out_base, b, head, out_sn, start, n, dz, column, out, C, T, TMA)
         if MOMENTS:
             w = tokens(w_base, b, head, w_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
@@ -269,22 +251,22 @@ def pair_kernel(
         do = tokens(do_base, b, head, do_sn, start, n, dv, 0, C, DV, WHOLE_N, WHOLE_DV, TMA)
         decay = between(sums, documents, start, n, True, DECAY, DOCUMENTS, C)
         of_read, of_write, left = factors(sums, documents, start, n, True, DECAY, DOCUMENTS, C)
-        s = dot(k, tl.trans(q), EXACT) * decay
+        s = product(k, tl.trans(q), EXACT) * decay
         of_v = read(k, state, EXACT)
         if DECAY or DOCUMENTS:
             of_v = of_v * of_read[:, None]
-        of_v = dot_to(s.to(do.dtype), do, of_v, EXACT)
+        of_v = added(s.to(do.dtype), do, of_v, EXACT)
         keep(dv_base, b, head, dv_sn, start, n, dv, 0, of_v, C, DV, TMA)
-        s = dot(v, tl.trans(do), EXACT) * decay
+        s = product(v, tl.trans(do), EXACT) * decay
         of_k = read(v, tl.trans(state), EXACT)
         if DECAY or DOCUMENTS:
             of_k = of_k * of_read[:, None]
-        of_k = dot_to(s.to(q.dtype), q, of_k, EXACT)
+        of_k = added(s.to(q.dtype), q, of_k, EXACT)
         keep(dk_base, b, head, dk_sn, start, n, d, 0, of_k, C, D, TMA)
         if DECAY or DOCUMENTS:
-            state = dot_to(tl.trans(q), (do * of_write[:, None]).to(do.dtype), state * left, EXACT)
+            state = added(tl.trans(q), (do * of_write[:, None]).to(do.dtype), state * left, EXACT)
         else:
-            state = dot_to(tl.trans(q), do, state, EXACT)
+            state = added(tl.trans(q), do, state, EXACT)
         if MOMENTS:
             r = start + tl.arange(0, C)
             tl.store(moments_ptr + bh.to(tl.int64) * n + r, tl.sum(of_k * k, 1), mask=r < n)
@@ -332,10 +314,10 @@ def states_kernel(
         z = tokens(z_base, b, head, z_sn, start, n, dz, column, C, T, WHOLE_N, WHOLE_T, TMA)
         if DECAY or DOCUMENTS:
             _, of_write, left = factors(sums, documents, start, n, REVERSE, DECAY, DOCUMENTS, C)
-            state = dot_to(tl.trans(y), (z * of_write[:, None]).to(z.dtype), state * left, EXACT)
+            state = added(tl.trans(y), (z * of_write[:, None]).to(z.dtype), state * left, EXACT)
             remains = remains * left
         else:
-            state = dot_to(tl.trans(y), z, state, EXACT)
+            state = added(tl.trans(y), z, state, EXACT)
     row = bh.to(tl.int64) * segments + segment
     if REVERSE:
         slot = row - 1

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..inputs import Inputs
+from ._host import alike, like, nothing_to_do, power, readable, unfit
 
 WIDEST = 128  # heads of 256 compiled, and read memory that is not theirs
-HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,7 @@ def refuses(given: Inputs) -> str | None:
         return "these kernels only decay and add"
     if given.decay is not None and given.decay.shape[-1] != 1:
         return "the decay is one of each channel"
-    if max(given.q.shape[-1], given.v.shape[-1]) > WIDEST:
-        return f"heads of size {max(given.q.shape[-1], given.v.shape[-1])} are larger than {WIDEST}"
-    if any(t.dtype not in (torch.float32, *HALVES) for t in (given.q, given.k, given.v)):
-        return "the kernels know bfloat16, float16 and float32"
-    return None
+    return unfit(given, WIDEST)
 
 
 def run(
@@ -92,25 +88,11 @@ def run(
     q, k: (b, h, n, d), v: (b, h, n, dv), of any strides but neighbours along heads. decay: (b, h, n) log factors up to 0.
     documents: (b, n), how many began at or before each token. Differentiable once in all but those.
     """
-    b, h, n, d = q.shape
-    if 0 in (b, h, n, d, v.shape[-1]):
-        last = q.new_zeros(b, h, d, v.shape[-1], dtype=torch.float32) if state is None else state.float()
-        return torch.zeros_like(v), last
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return _Scalar.apply(q.to(dtype), k.to(dtype), v.to(dtype), decay, state, documents)  # type: ignore[no-untyped-call]
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """With heads' numbers next to each other; Triton's interpreter, which has no bfloat16 products, gets the same in float32."""
-    tensor = tensor.detach()
-    if not tensor.is_cuda and tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def power(size: int) -> int:
-    """The power of two that holds this size, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    nothing = nothing_to_do(q, v, state)
+    if nothing is not None:
+        return nothing
+    q, k, v = alike(q, k, v)
+    return _Scalar.apply(q, k, v, decay, state, documents)  # type: ignore[no-untyped-call]
 
 
 def described(tensor: Tensor, rows: int, columns: int) -> Any:
@@ -129,12 +111,6 @@ def describable(*tensors: Tensor) -> bool:
         return tensor.data_ptr() % 16 == 0 and all(size > 0 and size * tensor.element_size() % 16 == 0 for size in sizes)
 
     return all(whole(tensor) for tensor in tensors)
-
-
-def like(tensor: Tensor) -> Tensor:
-    """Empty, as (b, h, n, d) seen of (b, n, h, d), as heads usually come."""
-    b, h, n, d = tensor.shape
-    return tensor.new_empty(b, n, h, d).transpose(1, 2)
 
 
 class Call:
