@@ -341,9 +341,9 @@ def test_global_maps_leave_padding_out():
 def test_a_state_of_nothing_does_not_decay():
     """Or running sums of decays would lose digits to its first, which is without end."""
     real = torch.tensor([[False, True, True, False, True]])
-    shares, z = running_softmax(torch.zeros(1, 1, 5, 1), real, None, None)
-    assert shares.decay is not None
-    assert torch.allclose(shares.decay, -torch.tensor([[[1.0, 1.0, 2.0, 1.0, 1.5]]]).log(), atol=1e-6)
+    _, decay, z = running_softmax(torch.zeros(1, 1, 5, 1), real, None, None)
+    assert decay is not None
+    assert torch.allclose(decay, -torch.tensor([[[1.0, 1.0, 2.0, 1.0, 1.5]]]).log(), atol=1e-6)
     assert torch.allclose(z[0, 0, 1:, 0], torch.tensor([1.0, 2.0, 2.0, 3.0]).log(), atol=1e-6)
 
 

@@ -203,7 +203,7 @@ class StateMixer(Mixer):
                 form=self.form, chunk=self.chunk, backend=self.backend, last=keep,
             )  # fmt: skip
         else:
-            out = _both_sides(given, now)
+            out = both_sides(given, now)
         out = out if self.epsilon is None else over(out[..., :size], out[..., size:] + self.epsilon)
         return out, asked
 
@@ -260,7 +260,7 @@ def over(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (numerator / denominator.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
 
-def _both_sides(given: Reading, now: Pass) -> Tensor:
+def both_sides(given: Reading, now: Pass) -> Tensor:
     """Every token reads all of them: one state, of the whole text."""
     _require_timeless(given)
     if now.ids is not None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...errors import ShapeError
-from .._states import Pass, Reading, StateCache
+from ...recurrence import recur
+from .._states import Pass, Reading, StateCache, StateMixer, both_sides
 
 LEAST = -1e30  # of nothing: finite, so that differences of it are numbers
 
@@ -48,18 +49,19 @@ def running(name: str, x: Float[Tensor, "b h n c"], now: Pass, largest: bool = F
     before = torch.full_like(x[:, :, :1], LEAST)
     if now.causal:
         cache = carried_of(now)
-        out = _scan(torch.cat([cache.carried.get(name, before), x], 2), now.starts, largest)
+        out = scan(torch.cat([cache.carried.get(name, before), x], 2), now.starts, largest)
         cache.carried[name] = out[:, :, -1:].clone()
         return out
     if now.starts is None:
         return (x.amax(2, keepdim=True) if largest else x.logsumexp(2, keepdim=True)).expand_as(x)
-    document = now.starts.long().cumsum(1)
-    last = (document[:, :, None] >= document[:, None, :]).sum(-1) - 1
-    out = _scan(torch.cat([before, x], 2), now.starts, largest)[:, :, 1:]
+    n = x.shape[2]
+    ends = torch.where(F.pad(now.starts[:, 1:], (0, 1), value=True), torch.arange(n, device=x.device), n)
+    last = ends.flip(1).cummin(1).values.flip(1)  # of each token's document
+    out = scan(torch.cat([before, x], 2), now.starts, largest)[:, :, 1:]
     return out.gather(2, last[:, None, :, None].expand_as(x))
 
 
-def _scan(x: Tensor, starts: Tensor | None, largest: bool) -> Tensor:
+def scan(x: Tensor, starts: Tensor | None, largest: bool) -> Tensor:
     """Running values of (b, h, 1 + n, c); begun anew at starts (b, n), by doubling how far each looks back."""
     if starts is None:
         return x.cummax(2).values if largest else x.logcumsumexp(2)
@@ -73,6 +75,18 @@ def _scan(x: Tensor, starts: Tensor | None, largest: bool) -> Tensor:
     return x
 
 
+def summed(name: str, mixer: StateMixer, q: Tensor, k: Tensor, v: Tensor, now: Pass) -> Float[Tensor, "b h n dv"]:
+    """q_i . sum_j k_j v_j over the tokens j that i reads; sums of the past go on in the cache under a name."""
+    if not now.causal:
+        return both_sides(Reading(q, k, v), now)
+    cache = carried_of(now)
+    out, cache.carried[name] = recur(
+        q, k, v, starts=now.starts, state=cache.carried.get(name), real=now.real,
+        form=mixer.form, chunk=mixer.chunk, backend=mixer.backend,
+    )  # fmt: skip
+    return out
+
+
 class NearReading(Reading):
     """What a state is given, and what tokens have read beside it, (b, h, n, d): for `StateMixer.beside`."""
 
@@ -84,40 +98,6 @@ class NearReading(Reading):
         made = NearReading(*given)
         made.near = near
         return made
-
-
-class Prefix(NamedTuple):
-    """Keys exp(k - z) that sum to one over the tokens so far, the log decay of a state that holds them, and z (b, h, n, c)."""
-
-    k: Tensor
-    decay: Tensor | None
-    z: Tensor
-
-
-def prefix_softmax(k: Float[Tensor, "b h n c"], now: Pass) -> Prefix:
-    """A softmax over tokens in each channel, of those so far if read causally: exact at any size, and never overflows.
-
-    z is the log of the sum of exp(k) so far. A token's own part is exp(k - z), and earlier ones' shrink by exp(z before - z).
-    """
-    k = k.to(torch.promote_types(k.dtype, torch.float32))
-    if now.real is not None:
-        k = k.where(now.real[:, None, :, None], LEAST)
-    z = running("log sum", k, now)
-    if not now.causal:
-        return Prefix((k - z).exp(), None, z)
-    decay, z = z[:, :, :-1] - z[:, :, 1:], z[:, :, 1:]
-    if now.starts is not None:
-        decay = decay.masked_fill(now.starts[:, None, :, None], 0.0)  # the state is cleared there
-    return Prefix((k - z).exp(), decay, z)
-
-
-def exp_reading(q: Float[Tensor, "b h n c"], k: Float[Tensor, "b h n c"], v: Tensor, now: Pass) -> Reading:
-    """Of attention whose weights are sums over c of exp(q_c + k_c), divided by their sum: no normaliser is needed.
-
-    Each channel reads by a softmax over tokens, and channels count as softmax(q + z).
-    """
-    prefix = prefix_softmax(k, now)
-    return Reading((q.to(prefix.z.dtype) + prefix.z).softmax(-1), prefix.k, v, prefix.decay)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ...attention.stage import Stage
 from ...errors import ShapeError
-from ...recurrence import recur
 from .._caches import Cache
 from .._mixer import Projections, Real, Tokens
 from .._states import Pass, Reading, StateCache, StateMixer, over
+from ._carried import CarryCache, summed
 
 Grid = tuple[int, int] | None
 NEAR = "it is added to by a convolution of tokens on both sides"
@@ -58,18 +58,6 @@ def turned(x: Float[Tensor, "b h n d"], places: Int[Tensor, "b n"], grid: Grid, 
     return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
 
 
-class SumCache(StateCache):
-    """A state, and sums beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums: dict[str, Tensor] = {}
-
-    def tensors(self) -> Iterable[Tensor | None]:
-        """See `Cache.tensors`."""
-        return (*super().tensors(), *self.sums.values())
-
-
 class GridMixer(StateMixer):
     """Heads that read all tokens of a grid, or of a line, by a state; a convolution of their values is added.
 
@@ -110,29 +98,14 @@ class GridMixer(StateMixer):
         q, k, v = self.projections.split(x)
         return q.to(wide), k.to(wide), v
 
-    def summed(self, name: str, q: Tensor, k: Tensor, v: Tensor, now: Pass) -> Tensor:
-        """q_i . sum_j k_j v_j over the tokens that i reads; sums of the past are kept under a name."""
-        if now.causal:
-            assert isinstance(now.cache, SumCache)
-            out, now.cache.sums[name] = recur(
-                q, k, v, starts=now.starts, state=now.cache.sums.get(name), real=now.real,
-                form=self.form, chunk=self.chunk, backend=self.backend,
-            )  # fmt: skip
-            return out
-        if now.real is not None:
-            k = k.where(now.real[:, None, :, None], 0.0)
-        if now.ids is None:
-            return q @ (k.mT @ v)
-        return (q @ k.mT * (now.ids[:, :, None] == now.ids[:, None, :])[:, None]) @ v
-
     def share(self, like: Tensor, now: Pass) -> Float[Tensor, "b 1 n 1"]:
         """1 / the number of tokens that each token reads, 0 for none."""
         one = torch.ones_like(like[:, :1, :, :1])
-        return over(one, self.summed("tokens", one, one, one, now))
+        return over(one, summed("tokens", self, one, one, one, now))
 
     def mean(self, q: Tensor, k: Tensor, share: Tensor, now: Pass) -> Float[Tensor, "b h n 1"]:
         """q . the mean of the keys that each token reads."""
-        return self.summed("keys", q, k, torch.ones_like(k[..., :1]), now) * share
+        return summed("keys", self, q, k, torch.ones_like(k[..., :1]), now) * share
 
     def local(self, v: Float[Tensor, "b h n d"], x: Tokens, real: Real | None) -> Tensor | None:
         """What is added to what the heads read: values, convolved."""
@@ -159,9 +132,9 @@ class GridMixer(StateMixer):
         mapped: Tensor = self.projections.out(rows if self.gate is None else rows * self.gate(x))
         return mapped
 
-    def new_cache(self, owner: Cache | None = None) -> SumCache:
+    def new_cache(self, owner: Cache | None = None) -> CarryCache:
         """An empty cache for decoding."""
-        return SumCache()
+        return CarryCache()
 
 
 def centred(q: Tensor, k: Tensor, v: Tensor, constant: Tensor) -> Reading:

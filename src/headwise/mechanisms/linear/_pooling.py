@@ -9,13 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...recurrence import recur
-from ._prefix import NEVER, running_softmax
+from ._carried import LEAST
+from ._prefix import running_softmax
 
 BLOCK = 32  # rows of the quadratic form that are read together
 
 
 class Pool(NamedTuple):
-    """For each token and head: the log of the sum of weights, (b, n, h), `NEVER` if there are none, and the mean (b, n, h, g)."""
+    """For each token and head: the log of the sum of weights, (b, n, h), `LEAST` if there are none, and the mean (b, n, h, g)."""
 
     z: Float[Tensor, "b n h"]
     mean: Float[Tensor, "b n h g"]
@@ -36,17 +37,16 @@ def running_pool(
     state: Tensor | None = None,
 ) -> tuple[Pool, Tensor, Tensor]:
     """Weights exp(k) of the tokens up to each. z, state: of those before; the new ones come back."""
-    shares, total = running_softmax(k.transpose(1, 2)[..., None], real, starts, z)
-    ones = torch.ones_like(shares.weight)
-    given = {"decay": shares.decay, "starts": starts, "state": state, "real": real}
-    out, state = recur(ones, shares.weight, v.transpose(1, 2), **given, chunk=16)  # type: ignore[arg-type]
+    key, decay, total = running_softmax(k.transpose(1, 2)[..., None], real, starts, z)
+    given = {"decay": decay, "starts": starts, "state": state, "real": real}
+    out, state = recur(torch.ones_like(key), key, v.transpose(1, 2), **given, chunk=16)  # type: ignore[arg-type]
     return Pool(total[..., 0].transpose(1, 2), out.transpose(1, 2)), total[:, :, -1:].clone(), state
 
 
 def whole_pool(k: Float[Tensor, "b n h"], v: Float[Tensor, "b n h g"], real: Bool[Tensor, "b n"] | None) -> Pool:
     """Weights exp(k) of all tokens, for each of them."""
     if real is not None:
-        k, v = k.where(real[..., None], NEVER), v.where(real[..., None, None], 0.0)
+        k, v = k.where(real[..., None], LEAST), v.where(real[..., None, None], 0.0)
     z = k.logsumexp(1, keepdim=True)
     mean = ((k - z).exp()[..., None] * v).sum(1, keepdim=True)
     return Pool(z.expand_as(k), mean.expand_as(v))
@@ -60,7 +60,7 @@ def near_pool(
 ) -> Pool:
     """Weights exp(k + w) of `near` tokens each: those of token t are rows t, t + 1, ..."""
     near = w.shape[-1]
-    logits = (k.unfold(1, near, 1) + w).where(real.unfold(1, near, 1)[:, :, None], NEVER)
+    logits = (k.unfold(1, near, 1) + w).where(real.unfold(1, near, 1)[:, :, None], LEAST)
     values = v.where(real[..., None, None], 0.0).unfold(1, near, 1)
     z = logits.logsumexp(-1)
     return Pool(z, ((logits - z[..., None]).exp()[..., None, :] * values).sum(-1))
@@ -76,7 +76,7 @@ def biased_pool(
 ) -> Pool:
     """Weights exp(k_s + u_t . keys_s) of all tokens, or of those up to each; tokens are the last n of m. Memory is linear."""
     n, m = u.shape[1], k.shape[1]
-    k, v = k.where(real[..., None], NEVER), v.where(real[..., None, None], 0.0)
+    k, v = k.where(real[..., None], LEAST), v.where(real[..., None, None], 0.0)
     pools = []
     for first in range(0, n, BLOCK):
         rows = u[:, first : first + BLOCK]
@@ -95,18 +95,18 @@ def biased_pool(
 def _by_pairs(k: Tensor, v: Tensor, w: Float[Tensor, "b c c"]) -> Pool:
     """Each of a few tokens, of those up to it: all pairs by themselves, so that no later key scales an earlier row's."""
     shown = torch.ones(w.shape[1:], dtype=torch.bool, device=w.device).tril()
-    logits = (k[:, None] + w[..., None]).where(shown[..., None], NEVER)
+    logits = (k[:, None] + w[..., None]).where(shown[..., None], LEAST)
     z = logits.logsumexp(2)
     return Pool(z, torch.einsum("bijh,bjhg->bihg", (logits - z[:, :, None]).exp(), v))
 
 
 def _by_product(k: Tensor, v: Tensor, real: Tensor, w: Float[Tensor, "b c m"]) -> Pool:
     """exp(w) @ exp(k), both with their largest taken out: rows and keys that all see each other."""
-    w = w.where(real[:, None], NEVER)
+    w = w.where(real[:, None], LEAST)
     top, most = k.detach().amax(1, keepdim=True), w.detach().amax(2, keepdim=True)
     weight, share = (w - most).exp(), (k - top).exp() * real[..., None]
     total = weight @ share
     nothing = total == 0
     safe = total.masked_fill(nothing, 1.0)
     mean = (weight @ (share[..., None] * v).flatten(2)).unflatten(-1, v.shape[2:]) / safe[..., None]
-    return Pool((safe.log() + top + most).masked_fill(nothing, NEVER), mean)
+    return Pool((safe.log() + top + most).masked_fill(nothing, LEAST), mean)

@@ -2,93 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .._states import Pass, StateCache
+from .._states import Pass, Reading
+from ._carried import LEAST, running, scan
 
-NEVER = -1e30  # the logit of what is not there: finite, so that differences of two are
-LEAST = -60.0  # exp of it is 1e-26: nothing is left
-
-
-class LogCache(StateCache):
-    """A state, and the log of the sum of all exponentials up to now, (b, h, 1, d)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.z: Tensor | None = None
-
-    def tensors(self) -> Iterable[Tensor | None]:
-        """See `Cache.tensors`."""
-        return (*super().tensors(), self.z)
+FASTEST = -60.0  # exp of it is 1e-26: nothing is left
 
 
-class Shares(NamedTuple):
-    """exp(k_t - z_t), each token's share in its own prefix (b, h, n, d), and z_(t-1) - z_t, by which those before it shrink.
+class Prefix(NamedTuple):
+    """exp(k_t - z_t), each token's share in its own prefix (b, h, n, c), z_(t-1) - z_t, by which those before it shrink, and z.
 
     The decay is (b, h, n) for a single channel, None where all positions are read.
     """
 
-    weight: Float[Tensor, "b h n d"]
+    key: Float[Tensor, "b h n c"]
     decay: Tensor | None
+    z: Float[Tensor, "b h n c"]
 
 
-def prefix_softmax(logits: Float[Tensor, "b h n d"], now: Pass) -> Shares:
-    """Softmax over the positions up to each token of a causal pass, else over all of them; within documents.
+def prefix_softmax(k: Float[Tensor, "b h n c"], now: Pass) -> Prefix:
+    """Softmax over the positions up to each token of a causal pass, else over all of them; within documents, exact at any size.
 
-    A state that decays so and takes in weight_t v_t is the mean of values by softmax, for each channel. The cache of the pass
-    must be a `LogCache`; its z goes on.
+    z is the log of the sum of exp(k) so far, and goes on in the cache. A state that decays so and takes in key_t v_t is the mean
+    of values by softmax, for each channel.
     """
-    if now.causal:
-        cache = now.cache
-        assert isinstance(cache, LogCache)
-        shares, z = running_softmax(logits, now.real, now.starts, cache.z)
-        cache.z = z[:, :, -1:].clone()
-        return shares
-    logits = _masked(logits, now.real)
-    z = logits.logsumexp(2, keepdim=True) if now.ids is None else _of_documents(logits, now.ids)
-    return Shares((logits - z).exp(), None)
+    k = _masked(k, now.real)
+    z = running("log sum", k, now)
+    return _shares(k, z) if now.causal else Prefix((k - z).exp(), None, z)
 
 
 def running_softmax(
-    logits: Float[Tensor, "b h n d"], real: Bool[Tensor, "b n"] | None, starts: Bool[Tensor, "b n"] | None, before: Tensor | None
-) -> tuple[Shares, Float[Tensor, "b h n d"]]:
-    """The same, causal, of tensors: and z itself. before: z of the last token before these, (b, h, 1, d)."""
-    logits = _masked(logits, real)
-    rows = torch.cat([torch.full_like(logits[:, :, :1], NEVER) if before is None else before, logits], 2)
-    if starts is None:
-        z = rows.logcumsumexp(2)
-    else:
-        parts = starts.long().cumsum(1)
-        z = _running(rows, torch.cat([torch.zeros_like(parts[:, :1]), parts], 1))
+    k: Float[Tensor, "b h n c"], real: Bool[Tensor, "b n"] | None, starts: Bool[Tensor, "b n"] | None, before: Tensor | None
+) -> Prefix:
+    """The same, causal, of tensors. before: z of the last token before these, (b, h, 1, c)."""
+    k = _masked(k, real)
+    return _shares(k, scan(torch.cat([torch.full_like(k[:, :, :1], LEAST) if before is None else before, k], 2), starts, False))
+
+
+def exp_reading(q: Float[Tensor, "b h n c"], k: Float[Tensor, "b h n c"], v: Tensor, now: Pass) -> Reading:
+    """Of attention whose weights are sums over c of exp(q_c + k_c), divided by their sum: no normaliser is needed.
+
+    Each channel reads by a softmax over tokens, and channels count as softmax(q + z).
+    """
+    key, decay, z = prefix_softmax(k, now)
+    return Reading((q.to(z.dtype) + z).softmax(-1), key, v, decay)
+
+
+def _masked(k: Tensor, real: Bool[Tensor, "b n"] | None) -> Tensor:
+    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    return k if real is None else k.where(real[:, None, :, None], LEAST)
+
+
+def _shares(k: Tensor, z: Float[Tensor, "b h n1 c"]) -> Prefix:
+    """z: before the first token, and at each."""
     past, z = z[:, :, :-1], z[:, :, 1:]
-    decay = (past - z).clamp(LEAST, 0.0).masked_fill(past < NEVER / 2, 0.0)  # there is nothing yet that could decay
-    return Shares((logits - z).exp(), decay[..., 0] if decay.shape[-1] == 1 else decay), z
-
-
-def _masked(logits: Tensor, real: Bool[Tensor, "b n"] | None) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if real is None else logits.where(real[:, None, :, None], NEVER)
-
-
-def _running(rows: Float[Tensor, "b h n d"], parts: Int[Tensor, "b n"]) -> Tensor:
-    """Logs of running sums of exponentials, anew in each part: sums of 1, 2, 4, ... rows."""
-    step, z = 1, rows
-    while step < rows.shape[2]:
-        same: Bool[Tensor, "b n"] = parts[:, step:] == parts[:, :-step]
-        more = torch.logaddexp(z[:, :, step:], z[:, :, :-step].where(same[:, None, :, None], NEVER))
-        z, step = torch.cat([z[:, :, :step], more], 2), 2 * step
-    return z
-
-
-def _of_documents(logits: Float[Tensor, "b h n d"], ids: Int[Tensor, "b n"]) -> Tensor:
-    """The log of the sum over each token's document."""
-    n = ids.shape[1]
-    ends = torch.cat([ids.diff(dim=1) != 0, torch.ones_like(ids[:, :1], dtype=torch.bool)], 1)
-    at = torch.arange(n, device=ids.device)
-    last = torch.where(ends, at, n).flip(1).cummin(1).values.flip(1)
-    return _running(logits, ids).gather(2, last[:, None, :, None].expand_as(logits))
+    decay = (past - z).clamp(FASTEST, 0.0).masked_fill(past < LEAST / 2, 0.0)  # there is nothing yet that could decay
+    return Prefix((k - z).exp(), decay[..., 0] if decay.shape[-1] == 1 else decay, z)

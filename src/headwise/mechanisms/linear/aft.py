@@ -16,8 +16,8 @@ from ...stages.causal import Causal
 from .._caches import Cache, KeyValues
 from .._mixer import Mixer, Real, Tokens, largest, shake
 from .._states import Pass, begin
+from ._carried import CarryCache, carried_of
 from ._pooling import Pool, biased_pool, near_pool, running_pool, whole_pool
-from ._prefix import LogCache
 
 CARD = Card(
     paper="An Attention Free Transformer",
@@ -99,7 +99,7 @@ class Aft(Mixer):
 
     def new_cache(self, owner: Cache | None = None) -> Cache:
         """An empty cache for decoding: keys and values for "full", else sums, and the tokens of the window."""
-        return KeyValues() if self.variant == "full" else LogCache()
+        return KeyValues() if self.variant == "full" else CarryCache()
 
     def offsets(self) -> Tensor:
         """Biases of a kernel, (heads, taps) or (heads, taps, taps)."""
@@ -111,8 +111,9 @@ class Aft(Mixer):
     def _simple(self, k: Tensor, v: Tensor, now: Pass) -> Tensor:
         if not now.causal:
             return whole_pool(k, v, now.real).mean
-        assert isinstance(now.cache, LogCache)
-        pool, now.cache.z, now.cache.state = running_pool(k, v, now.real, now.starts, now.cache.z, now.cache.state)
+        cache = carried_of(now)
+        z = cache.carried.get("log sum")
+        pool, cache.carried["log sum"], cache.state = running_pool(k, v, now.real, now.starts, z, cache.state)
         return pool.mean
 
     def _full(self, k: Tensor, v: Tensor, causal: bool, stages: tuple[Stage, ...], cache: KeyValues, mask: Real | None) -> Tensor:
@@ -142,8 +143,7 @@ class Aft(Mixer):
             first, last = (1 - self.taps, 0) if now.causal else (-(self.taps // 2), self.taps // 2)
         back, h = 1 - first, self.heads
         there = torch.ones_like(k[..., :1]) if now.real is None else now.real[..., None].to(k.dtype)
-        assert isinstance(now.cache, LogCache)
-        cache = now.cache
+        cache = carried_of(now)
         count = now.count[:1] if cache.counted is None else now.count  # where nothing was padding, all rows are alike
 
         def f(rows: Tensor) -> Tensor:
@@ -155,10 +155,12 @@ class Aft(Mixer):
             w = self._of_window(count, n, first, last) if self.variant == "local" else self.offsets().to(k.dtype)
             part = slice(1, 1 + n + last - first)
             pool = near_pool(keys[:, part], values[:, part], real[:, part], w.expand(len(k), n, h, -1))
-            far, z, state = running_pool(keys[:, :n], values[:, :n], real[:, :n] & own, None, cache.z, cache.state)
+            far, z, state = running_pool(
+                keys[:, :n], values[:, :n], real[:, :n] & own, None, cache.carried.get("log sum"), cache.state
+            )
             pool = pool.joined(far)
             if now.causal:
-                cache.z, cache.state = z, state
+                cache.carried["log sum"], cache.state = z, state
                 return pool.mean
             behind, *_ = running_pool(*(t[:, back + last + 1 :].flip(1) for t in (keys, values, real)))
             return pool.joined(Pool(*(t.flip(1) for t in behind))).mean

@@ -16,7 +16,8 @@ from ...stages.causal import Causal
 from .._caches import Cache
 from .._mixer import Real, Tokens, largest, shake
 from .._states import Pass, Reading, StateMixer, begin
-from ._prefix import LogCache, prefix_softmax
+from ._carried import CarryCache
+from ._prefix import prefix_softmax
 
 CARD = Card(
     paper="Efficient Attention: Attention with Linear Complexities",
@@ -65,9 +66,9 @@ class EfficientAttention(StateMixer):
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
         if self.normaliser == "softmax":
             share = prefix_softmax(k, now)
-            return Reading(q.softmax(-1, dtype=share.weight.dtype), share.weight, v, share.decay)
+            return Reading(q.softmax(-1, dtype=share.key.dtype), share.key, v, share.decay)
         share = prefix_softmax(torch.zeros_like(k[..., :1]), now)  # one over the number of tokens
-        return Reading(q, k * share.weight, v, share.decay)
+        return Reading(q, k * share.key, v, share.decay)
 
     def finish(self, out: Tensor, x: Tokens) -> Tokens:
         """See `StateMixer.finish`."""
@@ -80,9 +81,9 @@ class EfficientAttention(StateMixer):
         found = self.reading(x, now).k
         return (found if now.real is None else found.where(now.real[:, None, :, None], 0.0)).mT
 
-    def new_cache(self, owner: Cache | None = None) -> LogCache:
+    def new_cache(self, owner: Cache | None = None) -> CarryCache:
         """An empty cache for decoding."""
-        return LogCache()
+        return CarryCache()
 
 
 def oracle(mixer: EfficientAttention, x: Tensor, visible: Tensor) -> Tensor:

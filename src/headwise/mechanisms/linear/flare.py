@@ -17,7 +17,8 @@ from .._caches import Cache
 from .._mixer import Real, Tokens, largest, shake
 from .._norms import layer_norm
 from .._states import Pass, Reading, StateCache, StateMixer, begin
-from ._prefix import LogCache, prefix_softmax
+from ._carried import CarryCache
+from ._prefix import prefix_softmax
 from ._through import read_through
 
 CARD = Card(
@@ -83,7 +84,7 @@ class Flare(StateMixer):
         latents, k, v = self._parts(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = k.to(wide) @ latents.to(wide).mT * self.scale
-        key, decay = prefix_softmax(scores, now)
+        key, decay, _ = prefix_softmax(scores, now)
         return Reading(scores.softmax(-1), key, v, decay)
 
     def forward(self, x: Tokens, *stages: Stage, cache: StateCache | None = None, attention_mask: Real | None = None) -> Tokens:
@@ -103,9 +104,9 @@ class Flare(StateMixer):
         mapped: Tensor = self.out(out.to(x.dtype).transpose(1, 2).flatten(2))
         return mapped
 
-    def new_cache(self, owner: Cache | None = None) -> LogCache:
+    def new_cache(self, owner: Cache | None = None) -> CarryCache:
         """An empty cache for decoding."""
-        return LogCache()
+        return CarryCache()
 
     def _parts(self, x: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (1, h, m, d), keys and values (b, h, n, d)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 from ...attention.stage import Stage
 from ...card import Card
 from ...errors import ShapeError
-from ...recurrence import recur
 from ...stages.causal import Causal
 from .._caches import Cache
 from .._mixer import Projections, Real, Tokens, largest
 from .._states import Pass, Reading, StateMixer, begin, over
-from ._prefix import LogCache, prefix_softmax
+from ._carried import CarryCache, summed
+from ._prefix import prefix_softmax
 
 CARD = Card(
     paper="Flowformer: Linearizing Transformers with Conservation Flows",
@@ -47,18 +47,6 @@ class Flows(NamedTuple):
     conserved_outgoing: Float[Tensor, "b h n"]
     competition: Float[Tensor, "b h n"]
     allocation: Float[Tensor, "b h n"]
-
-
-class FlowCache(LogCache):
-    """The state of values, and sums: of queries and keys, of both over their flows, of tokens; z is that of competition."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sums: dict[str, Tensor] = {}
-
-    def tensors(self) -> Iterable[Tensor | None]:
-        """See `Cache.tensors`."""
-        return (*super().tensors(), *self.sums.values())
 
 
 class Flowformer(StateMixer):
@@ -90,9 +78,9 @@ class Flowformer(StateMixer):
         q, k, _ = self._parts(x)
         return self._flows(q, k, begin(self.new_cache(), x, stages, attention_mask))
 
-    def new_cache(self, owner: Cache | None = None) -> FlowCache:
+    def new_cache(self, owner: Cache | None = None) -> CarryCache:
         """An empty cache for decoding."""
-        return FlowCache()
+        return CarryCache()
 
     def _parts(self, x: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.projections.split(x)
@@ -102,7 +90,7 @@ class Flowformer(StateMixer):
     def _flows(self, q: Tensor, k: Tensor, now: Pass) -> Flows:
         sinks, sources = torch.cat([q, k], 1), torch.cat([k, q], 1)  # incoming flows, then outgoing ones
         one = torch.ones_like(q[:, :1, :, :1])
-        count = self._summed("tokens", one, one, one, now)
+        count = summed("tokens", self, one, one, one, now)
         flow = self._flow("flows", sinks, sources, one.expand(-1, sinks.shape[1], -1, -1), now)
         share = over(count if now.causal else one, flow[..., None])  # running sums are brought to the size of means
         conserved = self._flow("conserved", sinks, sources, torch.cat(share.chunk(2, 1)[::-1], 1), now)
@@ -110,27 +98,14 @@ class Flowformer(StateMixer):
             conserved = over(conserved, count[..., 0])
         incoming, outgoing = conserved.chunk(2, 1)
         bids = outgoing.clamp(-1.0, 1.0) if self.clamp else outgoing
-        competition = count[..., 0] * prefix_softmax(bids[..., None], now).weight[..., 0]
+        competition = count[..., 0] * prefix_softmax(bids[..., None], now).key[..., 0]
         first, second = flow.chunk(2, 1)
         return Flows(first, second, incoming, outgoing, competition, torch.sigmoid(incoming))
 
     def _flow(self, name: str, sinks: Tensor, sources: Tensor, values: Tensor, now: Pass) -> Float[Tensor, "b h n"]:
         """(sinks + eps) . (sum of values * sources + eps)."""
         sinks = sinks + self.eps
-        return self._summed(name, sinks, sources, values, now)[..., 0] + self.eps * sinks.sum(-1)
-
-    def _summed(self, name: str, q: Tensor, k: Tensor, v: Tensor, now: Pass) -> Tensor:
-        """q_t . sum_s k_s v_s, over the tokens that are read; causal sums go on from the cache."""
-        if now.causal:
-            assert isinstance(now.cache, FlowCache)
-            given: dict[str, Any] = {"starts": now.starts, "real": now.real, "state": now.cache.sums.get(name)}
-            out, now.cache.sums[name] = recur(q, k, v, **given, form=self.form, chunk=self.chunk, backend=self.backend)
-            return out
-        if now.real is not None:
-            k = k.where(now.real[:, None, :, None], 0.0)
-        if now.ids is None:
-            return q @ (k.mT @ v)
-        return (q @ k.mT * (now.ids[:, :, None] == now.ids[:, None, :])[:, None]) @ v
+        return summed(name, self, sinks, sources, values, now)[..., 0] + self.eps * sinks.sum(-1)
 
 
 def oracle(mixer: Flowformer, x: Tensor, visible: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from ...stages.causal import Causal
 from .._caches import Cache
 from .._mixer import Attention, Tokens, largest, shake
 from .._states import KernelAttention, Pass, Reading
-from ._carried import CarryCache, exp_reading
+from ._carried import CarryCache
+from ._prefix import exp_reading
 
 CARD = Card(
     paper="The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",

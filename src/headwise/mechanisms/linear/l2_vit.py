@@ -15,6 +15,7 @@ from ...errors import ShapeError
 from .._mixer import Tokens, largest, shake
 from .._norms import layer_norm
 from .._states import Pass, Reading, begin
+from ._carried import summed
 from ._grid import Depthwise, Grid, GridMixer, slowly_convolved
 from ._windows import WindowLayer, slowly_windowed
 
@@ -89,7 +90,7 @@ class L2Vit(GridMixer):
         if "padding" in self.cannot and now.real is not None:
             raise ShapeError(f"an attention_mask can't be obeyed: {self.cannot['padding']}")
         q, k = torch.relu(q), torch.relu(k)
-        total = self.summed("keys", q, k, torch.ones_like(k[..., :1]), now).clamp(min=self.floor)
+        total = summed("keys", self, q, k, torch.ones_like(k[..., :1]), now).clamp(min=self.floor)
         return Reading(q * (self.tau.to(q.dtype)[:, None, None] / total), k, v)
 
     def finish(self, out: Tensor, x: Tokens) -> Tokens:

@@ -15,7 +15,8 @@ from ...stages.causal import Causal
 from .._caches import Cache
 from .._mixer import Tokens, largest
 from .._states import Pass, Reading, StateMixer, begin
-from ._carried import CarryCache, prefix_softmax
+from ._carried import CarryCache
+from ._prefix import prefix_softmax
 
 CARD = Card(
     paper="Latent Attention for Linear Time Transformers",
@@ -53,7 +54,7 @@ class Latte(StateMixer):
         parts = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.of_token, self.of_latent, self.v))
         q, k, v = parts
         prefix = prefix_softmax(k, now)
-        return Reading(q.to(prefix.k.dtype).softmax(-1), prefix.k, v, prefix.decay)
+        return Reading(q.to(prefix.key.dtype).softmax(-1), prefix.key, v, prefix.decay)
 
     def finish(self, out: Tensor, x: Tokens) -> Tokens:
         """See `StateMixer.finish`."""
@@ -115,5 +116,5 @@ def identities() -> Iterator[tuple[str, float]]:
     yield "one latent: pooling by a softmax of what was read so far", largest(single.read(x, Causal()) - pooled)
     shifted = k + torch.randn(3, dtype=torch.float64)
     one, other = (prefix_softmax(t, begin(CarryCache(), x, (Causal(),), None)) for t in (k.expand_as(shifted), shifted))
-    yield "a number added to a latent's scores of all tokens changes no key", largest(one.k - other.k)
+    yield "a number added to a latent's scores of all tokens changes no key", largest(one.key - other.key)
     yield "and no decay, but that of nothing", largest((one.decay - other.decay)[:, :, 1:])  # type: ignore[operator]

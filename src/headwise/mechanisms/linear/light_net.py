@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from .._mixer import Tokens, largest, shake
 from .._norms import Rms
 from .._states import Pass, Reading, StateMixer
 from ._axes import MdLrpe, MdTpe, on_axes
+from ._carried import CarryCache, carried_of
 from ._fading import LowRank
-from ._prefix import LogCache, prefix_softmax
+from ._prefix import prefix_softmax
 
 CARD = Card(
     paper="You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
@@ -35,18 +36,6 @@ CARD = Card(
     ),
 )
 GATES = ("silu", "sigmoid")
-
-
-class PlacedCache(LogCache):
-    """The same, and where the document began that was read last, (b, 1); None while there was one only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.start: Tensor | None = None
-
-    def tensors(self) -> Iterable[Tensor | None]:
-        """See `Cache.tensors`."""
-        return (*super().tensors(), self.start)
 
 
 class LightNet(StateMixer):
@@ -90,7 +79,7 @@ class LightNet(StateMixer):
     def reading(self, x: Tokens, now: Pass) -> Reading:
         """See `StateMixer.reading`."""
         q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        key, decay = prefix_softmax(k, now)
+        key, decay, _ = prefix_softmax(k, now)
         q = F.silu(q.to(key.dtype))
         if self.lrpe is not None:
             places = on_axes((self._places(now) - self.first).clamp(min=0), self.grid)
@@ -112,18 +101,17 @@ class LightNet(StateMixer):
 
     def _places(self, now: Pass) -> Int[Tensor, "b n"]:
         """Places, counted anew in each document."""
-        cache = now.cache
-        assert isinstance(cache, PlacedCache)
+        carried = carried_of(now).carried
+        before = carried.get("start", torch.zeros_like(now.places[:, :1]))
         if now.starts is None:
-            return now.places if cache.start is None else now.places - cache.start
-        before = torch.zeros_like(now.places[:, :1]) if cache.start is None else cache.start
+            return now.places - before
         start = torch.cat([before, now.places.where(now.starts, 0)], 1).cummax(1).values
-        cache.start = start[:, -1:].clone()
+        carried["start"] = start[:, -1:].clone()
         return now.places - start[:, 1:]
 
-    def new_cache(self, owner: Cache | None = None) -> PlacedCache:
+    def new_cache(self, owner: Cache | None = None) -> CarryCache:
         """An empty cache for decoding."""
-        return PlacedCache()
+        return CarryCache()
 
 
 def oracle(mixer: LightNet, x: Tensor, visible: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from ...stages.causal import Causal
 from .._caches import Cache
 from .._mixer import Attention, Real, Tokens, largest, shake
 from .._states import KernelAttention, Pass, Reading
-from ._carried import CarryCache, NearReading, Pieces, exp_reading
+from ._carried import CarryCache, NearReading, Pieces
+from ._prefix import exp_reading
 
 CARD = Card(
     paper="Linear Log-Normal Attention with Unbiased Concentration",
