@@ -5,12 +5,24 @@ On a machine without a GPU they run in Triton's interpreter, cut into small chun
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-from headwise.recurrence import recur, starts_of
+from recurrences import (
+    CPU,
+    INTERPRETED,
+    apart,
+    check_documents_apart,
+    check_grouped_and_half,
+    check_on_a_gpu,
+    check_only_what_is_wanted,
+    check_repeats,
+    check_same,
+    documents_of,
+    exact,
+    gradients,
+    heads,
+    leaves,
+)
 
 pytest.importorskip("triton")
 from headwise.recurrence import kernels
@@ -18,8 +30,6 @@ from headwise.recurrence.inputs import inputs
 from headwise.recurrence.kernels import channels, channels_launch
 from headwise.recurrence.kernels.channels_launch import Cut, Segments, refuses, run
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 REAL = pytest.mark.skipif(
     INTERPRETED or not torch.cuda.is_available() or not kernels.CHANNELS,
     reason="needs an NVIDIA GPU, and CHANNELS: these kernels read foreign memory there, and every test after them would fail",
@@ -42,8 +52,7 @@ def made(b=1, h=2, n=130, d=24, dv=40, *, state=True, documents=False, fast=1.0,
     def noise(*shape):
         return torch.randn(shape, generator=generator)
 
-    found = {"q": noise(b, n, h, d), "k": torch.nn.functional.normalize(noise(b, n, h, d), dim=-1), "v": noise(b, n, h, dv)}
-    found = {name: t.to(device, dtype).transpose(1, 2) for name, t in found.items()}
+    found = heads(noise, b, n, h, d, dv, device, dtype)
     decay = -torch.nn.functional.softplus(noise(b, n, h, d) - 2)
     if fast == "mixed":  # slow and fast channels, and stretches in which all of the chunk is slow, or some tokens forget all
         decay = decay * torch.rand(d, generator=generator) ** 4 * 200
@@ -57,35 +66,11 @@ def made(b=1, h=2, n=130, d=24, dv=40, *, state=True, documents=False, fast=1.0,
     if state:
         found["state"] = noise(b, h, d, dv).to(device)
     starts = (torch.rand(b, n, generator=generator) < 4 / n).to(device) if documents else None
-    return {name: t.detach().requires_grad_() for name, t in found.items()}, starts
+    return leaves(found), starts
 
 
 def by_kernel(given, starts):
-    documents = None if starts is None else starts.long().cumsum(1)
-    return run(given["q"], given["k"], given["v"], given["decay"], given.get("state"), documents)
-
-
-def gradients(out, last, given, of_last=True):
-    """Of a weighted sum of outputs, and of the last state."""
-    generator = torch.Generator().manual_seed(9)
-    weight = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
-    total = (out * weight).sum(dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
-    if of_last:
-        total = total + (last * torch.randn(last.shape, generator=generator).to(last.device)).sum()
-    return torch.autograd.grad(total, list(given.values()))
-
-
-def check_same(given, starts, allowed=2e-5, of_last=True):
-    out, last = by_kernel(given, starts)
-    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    wanted = recur(**exact, starts=starts, backend="torch")
-    torch.testing.assert_close(out.double(), wanted.out, rtol=allowed, atol=allowed)
-    torch.testing.assert_close(last.double(), wanted.state, rtol=allowed, atol=allowed)
-    right = gradients(*wanted, exact, of_last)
-    for name, mine, theirs in zip(given, gradients(out, last, given, of_last), right, strict=True):
-        torch.testing.assert_close(
-            mine.double(), theirs, rtol=allowed, atol=10 * allowed, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    return run(given["q"], given["k"], given["v"], given["decay"], given.get("state"), documents_of(starts))
 
 
 CASES = {
@@ -109,26 +94,26 @@ CASES = {
 @CPU
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small):
-    check_same(*made(**CASES[name]))
+    check_same(by_kernel, *made(**CASES[name]), wide=True)
 
 
 @CPU
 @pytest.mark.parametrize("name", ["all", "fast", "mixed", "even", "slow"])
 def test_slow_decay_met_in_the_middle(name, small, monkeypatch):
     monkeypatch.setattr(channels, "BRANCH", True)
-    check_same(*made(**CASES[name]))
+    check_same(by_kernel, *made(**CASES[name]), wide=True)
 
 
 @CPU
 @pytest.mark.parametrize("documents", [False, True])
 def test_without_a_gradient_of_the_last_state(documents, small):
-    check_same(*made(documents=documents), of_last=False)
+    check_same(by_kernel, *made(documents=documents), of_last=False, wide=True)
 
 
 @CPU
 @pytest.mark.parametrize("name", ["all", "documents"])
 def test_as_it_is_cut_for_float32(name):
-    check_same(*made(**CASES[name]))
+    check_same(by_kernel, *made(**CASES[name]), wide=True)
 
 
 @CPU
@@ -136,46 +121,23 @@ def test_longer_chunks_with_what_was_prepared_kept(small, monkeypatch):
     monkeypatch.setattr(channels_launch, "CHUNK", {False: 64, True: 64})
     monkeypatch.setattr(channels_launch, "KEEP", True)
     for fast in ("mixed", "even", 1.0):
-        check_same(*made(h=1, fast=fast, documents=fast != 1.0))
+        check_same(by_kernel, *made(h=1, fast=fast, documents=fast != 1.0), wide=True)
 
 
 @CPU
 def test_only_what_is_wanted_is_differentiated(small):
-    given, _ = made(n=34, h=1)
-    for name in given:
-        alone = {other: t if other == name else t.detach() for other, t in given.items()}
-        (mine,) = torch.autograd.grad(by_kernel(alone, None)[0].square().sum(), [alone[name]])
-        (theirs,) = torch.autograd.grad(recur(**alone, backend="torch").out.square().sum(), [alone[name]])
-        torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=5e-4)
+    check_only_what_is_wanted(by_kernel, made(n=34, h=1)[0])
 
 
 @CPU
 def test_grouped_keys_and_half_precision(small):
-    given, _ = made(h=4, n=70)
-    shared = {name: t[:, :2] if name in "kv" else t for name, t in given.items()}
-    wanted = recur(**shared, backend="torch")
-    repeated = {name: t.repeat_interleave(2, 1) if name in "kv" else t for name, t in shared.items()}
-    torch.testing.assert_close(by_kernel(repeated, None)[0], wanted.out, rtol=2e-5, atol=2e-5)
-    low = {name: t.detach().bfloat16() if name in "qkv" else t.detach() for name, t in given.items()}
-    out, _ = by_kernel(low, None)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, recur(**low, backend="torch").out, rtol=2e-2, atol=2e-2)
+    check_grouped_and_half(by_kernel, made(h=4, n=70)[0])
 
 
 @CPU
 def test_nothing_of_another_document_is_read(small):
-    given, _ = made(n=90, state=False)
-    starts = starts_of(torch.tensor([0, 50, 90]))
-    loud = {name: t.detach().clone() for name, t in given.items()}
-    loud["v"][:, :, :50] = 1e30
-    loud = {name: t.requires_grad_() for name, t in loud.items()}
-    (wanted, last), (out, same) = by_kernel(given, starts), by_kernel(loud, starts)
-    assert torch.equal(out[:, :, 50:], wanted[:, :, 50:])
-    assert torch.equal(last, same)
-    right = gradients(wanted, last, given)
-    for mine, theirs in zip(gradients(out, same, loud), right, strict=True):
-        assert torch.equal(mine[:, :, 50:], theirs[:, :, 50:])
-    assert not right[3][:, :, [0, 50]].any()  # nothing was there to decay
+    found = check_documents_apart(by_kernel, made(n=90, state=False)[0], 50)
+    assert not found["decay"][:, :, [0, 50]].any()  # nothing was there to decay
 
 
 @CPU
@@ -205,11 +167,6 @@ def test_refusals():
     assert "know" in why(q.double(), torch.zeros_like(q))
 
 
-def far(mine, theirs):
-    """Distance over length."""
-    return float((mine.double() - theirs).norm() / theirs.norm())
-
-
 ON_GPU = {
     "bfloat16": ({"d": 128, "dv": 128}, torch.bfloat16, 1e-2),
     "small heads": ({"d": 64, "dv": 64, "documents": True}, torch.bfloat16, 1e-2),
@@ -233,18 +190,8 @@ def test_on_a_gpu(name, segments, monkeypatch):
     monkeypatch.setattr(channels_launch, "SEGMENTS", Segments(10**6 if segments else 0, 10**6, 300))
     sizes, dtype, allowed = ON_GPU[name]
     given, starts = made(**({"b": 2, "h": 3, "n": 1500} | sizes), device="cuda", dtype=dtype)
-    out, last = by_kernel(given, starts)
-    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    wanted = recur(**exact, starts=starts, backend="torch")
-    assert far(out, wanted.out) < allowed
-    assert far(last, wanted.state) < allowed
-    mine = gradients(out, last, given)
-    for of, found, right in zip(given, mine, gradients(*wanted, exact), strict=True):
-        assert far(found, right) < 2 * allowed, of
-    again, same = by_kernel(given, starts)
-    assert torch.equal(again, out)
-    assert torch.equal(same, last)
-    assert all(torch.equal(*each) for each in zip(gradients(again, same, given), mine, strict=True))
+    check_on_a_gpu(by_kernel, given, starts, allowed)
+    check_repeats(by_kernel, given, starts)
 
 
 @pytest.mark.gpu
@@ -252,9 +199,8 @@ def test_on_a_gpu(name, segments, monkeypatch):
 def test_a_long_row_on_a_gpu():
     """Slow decay of 65536 tokens: the decay's gradient does not drift."""
     given, _ = made(h=1, n=65536, d=64, dv=64, fast=0.01, device="cuda", dtype=torch.bfloat16)
-    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    wanted = recur(**exact, backend="torch")
+    wanted, right = exact(given, None)
     out, last = by_kernel(given, None)
-    assert far(out, wanted.out) < 1e-2
-    for of, found, right in zip(given, gradients(out, last, given), gradients(*wanted, exact), strict=True):
-        assert far(found, right) < 2e-2, of
+    assert apart(out, wanted.out) < 1e-2
+    for of, found, other in zip(given, gradients(out, last, given), right, strict=True):
+        assert apart(found, other) < 2e-2, of

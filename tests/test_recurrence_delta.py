@@ -5,21 +5,28 @@ On a machine without a GPU they run in Triton's interpreter, cut into small tile
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-from headwise.recurrence import recur, starts_of
+from recurrences import (
+    ALLOWED,
+    CPU,
+    GPU,
+    check_documents_apart,
+    check_grouped_and_half,
+    check_on_a_gpu,
+    check_only_what_is_wanted,
+    check_repeats,
+    check_same,
+    documents_of,
+    heads,
+    leaves,
+)
 
 pytest.importorskip("triton")
 from headwise.recurrence import kernels
 from headwise.recurrence.kernels import delta_launch
 from headwise.recurrence.kernels.delta_launch import Cut, Segments, run
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 # Kernels of decays of channels read foreign memory on a GPU so far, and every test after them would fail
 OFF = [*GPU, pytest.mark.skipif(not kernels.CHANNELS, reason="kernels of decays of channels are off on a GPU")]
 
@@ -44,8 +51,7 @@ def made(b=1, h=1, n=130, d=24, dv=40, *, decay="scalar", state=True, write=True
     def noise(*shape):
         return torch.randn(shape, generator=generator)
 
-    found = {"q": noise(b, n, h, d), "k": torch.nn.functional.normalize(noise(b, n, h, d), dim=-1), "v": noise(b, n, h, dv)}
-    found = {name: t.to(device, dtype).transpose(1, 2) for name, t in found.items()}
+    found = heads(noise, b, n, h, d, dv, device, dtype)
     if decay is not None:
         g = -fast * torch.nn.functional.softplus(noise(b, n, h, d if decay == "channels" else 1) - 2)
         found["decay"] = (g if decay == "channels" else g[..., 0]).to(device).transpose(1, 2)
@@ -55,33 +61,12 @@ def made(b=1, h=1, n=130, d=24, dv=40, *, decay="scalar", state=True, write=True
     if state:
         found["state"] = noise(b, h, d, dv).to(device)
     starts = (torch.rand(b, n, generator=generator) < 4 / n).to(device) if documents else None
-    return {name: t.detach().requires_grad_() for name, t in found.items()}, starts
+    return leaves(found), starts
 
 
 def by_kernel(given, starts):
-    documents = None if starts is None else starts.long().cumsum(1)
     names = ("q", "k", "v", "decay", "write", "erase", "state")
-    return run(*(given.get(name) for name in names), documents)
-
-
-def gradients(out, last, given, of_last=True):
-    """Of a weighted sum of outputs, and of the last state."""
-    generator = torch.Generator().manual_seed(9)
-    weight = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
-    total = (out * weight).sum(dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
-    if of_last:
-        total = total + (last * torch.randn(last.shape, generator=generator).to(last.device)).sum()
-    return torch.autograd.grad(total, list(given.values()))
-
-
-def check_same(given, starts, allowed=2e-5, of_last=True):
-    out, last = by_kernel(given, starts)
-    wanted = recur(**given, starts=starts, backend="torch")
-    torch.testing.assert_close(out, wanted.out, rtol=allowed, atol=allowed)
-    torch.testing.assert_close(last, wanted.state, rtol=allowed, atol=allowed)
-    right = gradients(*wanted, given, of_last)
-    for name, mine, theirs in zip(given, gradients(out, last, given, of_last), right, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=allowed, atol=10 * allowed, msg=lambda text, name=name: f"{name}: {text}")
+    return run(*(given.get(name) for name in names), documents_of(starts))
 
 
 SHAPES = {
@@ -107,29 +92,24 @@ CASES |= {
 @CPU
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small):
-    check_same(*made(**CASES[name]))
+    check_same(by_kernel, *made(**CASES[name]))
 
 
 @CPU
 @pytest.mark.parametrize("decay", [None, "scalar", "channels"])
 def test_as_it_is_cut_for_float32(decay):
-    check_same(*made(n=70, decay=decay, documents=True))
+    check_same(by_kernel, *made(n=70, decay=decay, documents=True))
 
 
 @CPU
 @pytest.mark.parametrize("decay", ["scalar", "channels"])
 def test_without_a_gradient_of_the_last_state(decay, small):
-    check_same(*made(n=70, decay=decay), of_last=False)
+    check_same(by_kernel, *made(n=70, decay=decay), of_last=False)
 
 
 @CPU
 def test_only_what_is_wanted_is_differentiated(small):
-    given, _ = made(n=20)
-    for name in given:
-        alone = {other: t if other == name else t.detach() for other, t in given.items()}
-        (mine,) = torch.autograd.grad(by_kernel(alone, None)[0].square().sum(), [alone[name]])
-        (theirs,) = torch.autograd.grad(recur(**alone, backend="torch").out.square().sum(), [alone[name]])
-        torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=5e-4)
+    check_only_what_is_wanted(by_kernel, made(n=20)[0])
 
 
 @CPU
@@ -139,46 +119,18 @@ def test_repeated_keys(small):
         given, _ = made(n=33, decay=None)
         given["k"] = given["k"][:, :, :1].expand_as(given["k"]).detach().requires_grad_()
         given["erase"] = torch.full_like(given["erase"], strength).requires_grad_()
-        check_same(given, None, 5e-5)
+        check_same(by_kernel, given, None, 5e-5)
 
 
 @CPU
 def test_grouped_keys_and_half_precision(small):
-    given, _ = made(h=4, n=40)
-    shared = {name: t[:, :2] if name in "kv" else t for name, t in given.items()}
-    wanted = recur(**shared, backend="torch")
-    repeated = {name: t.repeat_interleave(2, 1) if name in "kv" else t for name, t in shared.items()}
-    torch.testing.assert_close(by_kernel(repeated, None)[0], wanted.out, rtol=2e-5, atol=2e-5)
-    low = {name: t.detach().bfloat16() if name in "qkv" else t.detach() for name, t in given.items()}
-    out, _ = by_kernel(low, None)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, recur(**low, backend="torch").out, rtol=2e-2, atol=2e-2)
+    check_grouped_and_half(by_kernel, made(h=4, n=40)[0])
 
 
 @CPU
 @pytest.mark.parametrize("decay", [None, "scalar", "channels"])
 def test_nothing_of_another_document_is_read(decay, small):
-    given, _ = made(n=70, state=False, decay=decay)
-    given = {name: t.detach() for name, t in given.items()}
-    starts = starts_of(torch.tensor([0, 40, 70]))
-    wanted, last = by_kernel(given, starts)
-    loud = {name: t.clone() for name, t in given.items()}
-    loud["v"][:, :, :40] = 1e30
-    out, same = by_kernel(loud, starts)
-    assert torch.equal(out[:, :, 40:], wanted[:, :, 40:])
-    assert torch.equal(last, same)
-
-
-def exact(given, starts):
-    """The same in float64, and its gradients."""
-    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    found = recur(**wide, starts=starts, backend="torch")
-    return found, gradients(*found, wide)
-
-
-def apart(mine, theirs):
-    """The distance of two tensors, of the size of the second."""
-    return float((mine.double() - theirs).norm() / theirs.norm())
+    check_documents_apart(by_kernel, made(n=70, state=False, decay=decay)[0], 40)
 
 
 ON_GPU = [
@@ -204,20 +156,10 @@ ON_GPU = [
 )
 def test_on_a_gpu(name, shape, dtype):
     given, starts = made(**{"b": 2, "h": 2} | shape, device="cuda", dtype=dtype)
-    wanted, right = exact(given, starts)
-    out, last = by_kernel(given, starts)
-    allowed = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}[dtype]
-    assert apart(out, wanted.out) < allowed
-    assert apart(last, wanted.state) < allowed
-    for leaf, mine, theirs in zip(given, gradients(out, last, given), right, strict=True):
-        assert apart(mine, theirs) < (5 if leaf in ("decay", "erase") else 2) * allowed, leaf
+    check_on_a_gpu(by_kernel, given, starts, ALLOWED[dtype], loose={"decay", "erase"})
 
 
 @pytest.mark.parametrize("decay", [pytest.param(decay, marks=of_decay(decay)) for decay in (None, "scalar", "channels")])
 def test_a_gpu_repeats_its_bits(decay):
     given, starts = made(b=2, n=3000, d=128, dv=128, decay=decay, documents=True, device="cuda", dtype=torch.bfloat16)
-    runs = []
-    for _ in range(3):
-        out, last = by_kernel(given, starts)
-        runs.append((out, last, *gradients(out, last, given)))
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+    check_repeats(by_kernel, given, starts)

@@ -5,10 +5,9 @@ On a machine without a GPU they run in Triton's interpreter, cut into small tile
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from recurrences import ALLOWED, CPU, GPU, apart, check_only_what_is_wanted, gradients, heads, leaves
 
 from headwise.recurrence import recur
 
@@ -16,9 +15,6 @@ pytest.importorskip("triton")
 from headwise.recurrence.kernels import levels_launch
 from headwise.recurrence.kernels.levels_launch import Cut, run
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 WRONG = pytest.mark.xfail(strict=False, reason="gradients of queries are wrong there for heads of 128; training is refused")
 
 
@@ -36,28 +32,23 @@ def made(b=2, h=2, n=130, d=24, dv=40, levels=12, *, decay=True, seed=0, device=
     def noise(*shape):
         return torch.randn(shape, generator=generator)
 
-    found = {"q": noise(b, n, h, d), "k": torch.nn.functional.normalize(noise(b, n, h, d), dim=-1), "v": noise(b, n, h, dv)}
-    found = {name: t.to(device, dtype).transpose(1, 2) for name, t in found.items()}
+    found = heads(noise, b, n, h, d, dv, device, dtype)
     if decay:
         found["decay"] = (-fast * torch.nn.functional.softplus(noise(b, n, h) - 2)).to(device).transpose(1, 2)
     found["levels"] = noise(b, n, h, levels).sigmoid().to(device).transpose(1, 2)
-    return {name: t.detach().requires_grad_() for name, t in found.items()}
+    return leaves(found)
 
 
-def by_kernel(given):
-    return run(given["q"], given["k"], given["v"], given.get("decay"), given["levels"])
+def by_kernel(given, starts=None):
+    """Levels have kernels from no state only, and no last state."""
+    return run(given["q"], given["k"], given["v"], given.get("decay"), given["levels"]), None
 
 
-def gradients(out, given):
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.device, out.dtype)
-    return torch.autograd.grad((out * weight).sum(dtype=torch.promote_types(out.dtype, torch.float32)), list(given.values()))
-
-
-def check_same(given, allowed=2e-5):
-    out = by_kernel(given)
+def check_levels(given, allowed=2e-5):
+    out, _ = by_kernel(given)
     wanted = recur(**given, backend="torch", last=False).out
     torch.testing.assert_close(out, wanted, rtol=allowed, atol=allowed)
-    for name, mine, theirs in zip(given, gradients(out, given), gradients(wanted, given), strict=True):
+    for name, mine, theirs in zip(given, gradients(out, None, given), gradients(wanted, None, given), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=allowed, atol=10 * allowed, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -79,27 +70,17 @@ CASES = {
 @CPU
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small):
-    check_same(made(**CASES[name]))
+    check_levels(made(**CASES[name]))
 
 
 @CPU
 def test_as_it_is_cut_for_float32():
-    check_same(made(n=300, h=1, b=1))
+    check_levels(made(n=300, h=1, b=1))
 
 
 @CPU
 def test_only_what_is_wanted_is_differentiated(small):
-    given = made(b=1, h=1, n=40)
-    for name in given:
-        alone = {other: t if other == name else t.detach() for other, t in given.items()}
-        (mine,) = torch.autograd.grad(by_kernel(alone).square().sum(), [alone[name]])
-        (theirs,) = torch.autograd.grad(recur(**alone, backend="torch", last=False).out.square().sum(), [alone[name]])
-        torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=5e-4)
-
-
-def apart(mine, theirs):
-    """The distance of two tensors, of the size of the second."""
-    return float((mine.double() - theirs).norm() / theirs.norm())
+    check_only_what_is_wanted(by_kernel, made(b=1, h=1, n=40))
 
 
 ON_GPU = [
@@ -113,7 +94,6 @@ ON_GPU = [
 ]
 
 
-ALLOWED = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 on_gpu = pytest.mark.parametrize(("name", "shape", "dtype"), [pytest.param(*case, marks=GPU, id=case[0]) for case in ON_GPU])
 
 
@@ -121,21 +101,21 @@ def on_both(shape, dtype):
     """Inputs, what the kernel reads, and inputs and outputs in float64."""
     given = made(**shape, device="cuda", dtype=dtype)
     wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    return given, by_kernel(given), wide, recur(**wide, backend="torch", last=False).out
+    return given, by_kernel(given)[0], wide, recur(**wide, backend="torch", last=False).out
 
 
 @on_gpu
 def test_values_on_a_gpu(name, shape, dtype):
     given, out, _, wanted = on_both(shape, dtype)
     assert apart(out, wanted) < ALLOWED[dtype]
-    assert torch.equal(by_kernel(given), out)
+    assert torch.equal(by_kernel(given)[0], out)
 
 
 @WRONG
 @on_gpu
 def test_gradients_on_a_gpu(name, shape, dtype):
     given, out, wide, wanted = on_both(shape, dtype)
-    for leaf, mine, theirs in zip(given, gradients(out, given), gradients(wanted, wide), strict=True):
+    for leaf, mine, theirs in zip(given, gradients(out, None, given), gradients(wanted, None, wide), strict=True):
         assert apart(mine, theirs) < (5 if leaf == "decay" else 2) * ALLOWED[dtype], leaf
 
 
@@ -143,5 +123,5 @@ def test_gradients_on_a_gpu(name, shape, dtype):
 @pytest.mark.parametrize("n", [pytest.param(3000, marks=GPU)])
 def test_a_gpu_repeats_its_bits(n):
     given = made(n=n, d=128, dv=128, device="cuda", dtype=torch.bfloat16)
-    runs = [(out := by_kernel(given), *gradients(out, given)) for _ in range(3)]
+    runs = [(out := by_kernel(given)[0], *gradients(out, None, given)) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))

@@ -5,20 +5,29 @@ On a machine without a GPU they run in Triton's interpreter, cut into small tile
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-from headwise.recurrence import recur, starts_of
+from recurrences import (
+    ALLOWED,
+    CPU,
+    GPU,
+    apart,
+    check_documents_apart,
+    check_grouped_and_half,
+    check_on_a_gpu,
+    check_only_what_is_wanted,
+    check_repeats,
+    check_same,
+    documents_of,
+    exact,
+    heads,
+    leaves,
+)
 
 pytest.importorskip("triton")
 from headwise.recurrence.kernels import scalar_launch
 from headwise.recurrence.kernels.scalar_launch import Cut, Segments, run
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CPU = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-GPU = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 SMALL = {(64, True): Cut(16, 16, 4, 1), (256, True): Cut(16, 32, 4, 1)}
 
 
@@ -39,39 +48,17 @@ def made(b=2, h=2, n=130, d=24, dv=40, *, decay=True, state=True, documents=Fals
     def noise(*shape):
         return torch.randn(shape, generator=generator)
 
-    found = {"q": noise(b, n, h, d), "k": torch.nn.functional.normalize(noise(b, n, h, d), dim=-1), "v": noise(b, n, h, dv)}
-    found = {name: t.to(device, dtype).transpose(1, 2) for name, t in found.items()}
+    found = heads(noise, b, n, h, d, dv, device, dtype)
     if decay:
         found["decay"] = (-fast * torch.nn.functional.softplus(noise(b, n, h) - 2)).to(device).transpose(1, 2)
     if state:
         found["state"] = noise(b, h, d, dv).to(device)
     starts = (torch.rand(b, n, generator=generator) < 4 / n).to(device) if documents else None
-    return {name: t.detach().requires_grad_() for name, t in found.items()}, starts
+    return leaves(found), starts
 
 
 def by_kernel(given, starts):
-    documents = None if starts is None else starts.long().cumsum(1)
-    return run(given["q"], given["k"], given["v"], given.get("decay"), given.get("state"), documents)
-
-
-def gradients(out, last, given, of_last=True):
-    """Of a weighted sum of outputs, and of the last state."""
-    generator = torch.Generator().manual_seed(9)
-    weight = torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
-    total = (out * weight).sum(dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
-    if of_last:
-        total = total + (last * torch.randn(last.shape, generator=generator).to(last.device)).sum()
-    return torch.autograd.grad(total, list(given.values()))
-
-
-def check_same(given, starts, allowed=2e-5, of_last=True):
-    out, last = by_kernel(given, starts)
-    wanted = recur(**given, starts=starts, backend="torch")
-    torch.testing.assert_close(out, wanted.out, rtol=allowed, atol=allowed)
-    torch.testing.assert_close(last, wanted.state, rtol=allowed, atol=allowed)
-    right = gradients(*wanted, given, of_last)
-    for name, mine, theirs in zip(given, gradients(out, last, given, of_last), right, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=allowed, atol=10 * allowed, msg=lambda text, name=name: f"{name}: {text}")
+    return run(given["q"], given["k"], given["v"], given.get("decay"), given.get("state"), documents_of(starts))
 
 
 CASES = {
@@ -93,68 +80,35 @@ CASES = {
 @CPU
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, small):
-    check_same(*made(**CASES[name]))
+    check_same(by_kernel, *made(**CASES[name]))
 
 
 @CPU
 @pytest.mark.parametrize("documents", [False, True])
 def test_without_a_gradient_of_the_last_state(documents, small):
-    check_same(*made(documents=documents), of_last=False)
-    check_same(*made(documents=documents, n=40), of_last=False)
+    check_same(by_kernel, *made(documents=documents), of_last=False)
+    check_same(by_kernel, *made(documents=documents, n=40), of_last=False)
 
 
 @CPU
 @pytest.mark.parametrize("name", ["all", "documents", "plain"])
 def test_as_it_is_cut_for_float32(name):
-    check_same(*made(**CASES[name]))
+    check_same(by_kernel, *made(**CASES[name]))
 
 
 @CPU
 def test_only_what_is_wanted_is_differentiated(small):
-    given, _ = made()
-    for name in given:
-        alone = {other: t if other == name else t.detach() for other, t in given.items()}
-        (mine,) = torch.autograd.grad(by_kernel(alone, None)[0].square().sum(), [alone[name]])
-        (theirs,) = torch.autograd.grad(recur(**alone, backend="torch").out.square().sum(), [alone[name]])
-        torch.testing.assert_close(mine, theirs, rtol=5e-4, atol=5e-4)
+    check_only_what_is_wanted(by_kernel, made()[0])
 
 
 @CPU
 def test_grouped_keys_and_half_precision(small):
-    given, _ = made(h=4, n=70)
-    shared = {name: t[:, :2] if name in "kv" else t for name, t in given.items()}
-    wanted = recur(**shared, backend="torch")
-    repeated = {name: t.repeat_interleave(2, 1) if name in "kv" else t for name, t in shared.items()}
-    torch.testing.assert_close(by_kernel(repeated, None)[0], wanted.out, rtol=2e-5, atol=2e-5)
-    low = {name: t.detach().bfloat16() if name in "qkv" else t.detach() for name, t in given.items()}
-    out, _ = by_kernel(low, None)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, recur(**low, backend="torch").out, rtol=2e-2, atol=2e-2)
+    check_grouped_and_half(by_kernel, made(h=4, n=70)[0])
 
 
 @CPU
 def test_nothing_of_another_document_is_read(small):
-    given, _ = made(b=1, n=90, state=False)
-    given = {name: t.detach() for name, t in given.items()}
-    starts = starts_of(torch.tensor([0, 50, 90]))
-    wanted, last = by_kernel(given, starts)
-    loud = {name: t.clone() for name, t in given.items()}
-    loud["v"][:, :, :50] = 1e30
-    out, same = by_kernel(loud, starts)
-    assert torch.equal(out[:, :, 50:], wanted[:, :, 50:])
-    assert torch.equal(last, same)
-
-
-def exact(given, starts):
-    """The same in float64, and its gradients."""
-    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
-    found = recur(**wide, starts=starts, backend="torch")
-    return found, gradients(*found, wide)
-
-
-def apart(mine, theirs):
-    """The distance of two tensors, of the size of the second."""
-    return float((mine.double() - theirs).norm() / theirs.norm())
+    check_documents_apart(by_kernel, made(b=1, n=90, state=False)[0], 50)
 
 
 ON_GPU = [
@@ -174,13 +128,7 @@ ON_GPU = [
 def test_on_a_gpu(name, shape, dtype, descriptors, monkeypatch):
     monkeypatch.setattr(scalar_launch, "TMA_FROM", 0 if descriptors else 1 << 30)
     given, starts = made(**shape, device="cuda", dtype=dtype)
-    wanted, right = exact(given, starts)
-    out, last = by_kernel(given, starts)
-    allowed = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}[dtype]
-    assert apart(out, wanted.out) < allowed
-    assert apart(last, wanted.state) < allowed
-    for leaf, mine, theirs in zip(given, gradients(out, last, given), right, strict=True):
-        assert apart(mine, theirs) < (5 if leaf == "decay" else 2) * allowed, leaf
+    check_on_a_gpu(by_kernel, given, starts, ALLOWED[dtype], loose={"decay"})
 
 
 @pytest.mark.parametrize("fused", [pytest.param(True, marks=GPU), pytest.param(False, marks=GPU)])
@@ -188,11 +136,7 @@ def test_a_gpu_repeats_its_bits(fused, monkeypatch):
     if not fused:
         monkeypatch.setitem(scalar_launch.LAUNCHES, "both", {})
     given, starts = made(n=3000, d=128, dv=128, documents=True, device="cuda", dtype=torch.bfloat16)
-    runs = []
-    for _ in range(3):
-        out, last = by_kernel(given, starts)
-        runs.append((out, last, *gradients(out, last, given)))
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+    found = check_repeats(by_kernel, given, starts)
     _, right = exact(given, starts)
-    for leaf, mine, theirs in zip(given, runs[0][2:], right, strict=True):
+    for leaf, mine, theirs in zip(given, found, right, strict=True):
         assert apart(mine, theirs) < 3e-2, leaf
