@@ -100,12 +100,10 @@ def _weights(mixer: Mixer, x: Tensor, stages: tuple[Any, ...]) -> Tensor | None:
 
 
 def _call(layer: int, weights: Tensor) -> Call:
-    """A read that has just these weights, by their magnitudes."""
+    """A read that has just these weights, by their magnitudes: softmax of their logarithms divides them by their sum."""
     b, h, n, _ = weights.shape
-    size = weights.abs().float()
-    share = (size / size.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).log()
-    nothing = size.new_zeros(b, h, n, 1)
-    stages = (DenseBias(share.masked_fill(size == 0, -torch.inf)),)
+    nothing = weights.new_zeros(b, h, n, 1, dtype=torch.float32)
+    stages = (DenseBias(weights.abs().float().log()),)
     reading = Reading(tuple(range(h)), nothing, nothing, nothing, stages, 1.0)
     site = Site("decoder", layer, f"blocks.{layer}.mixer", f"blocks.{layer}", h, h, 1, None)
     return Call(site, nothing, nothing, nothing, (reading,), None)
