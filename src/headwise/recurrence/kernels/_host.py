@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -10,8 +11,38 @@ from torch import Tensor
 from ...attention.backends._launch import power, readable
 from ..inputs import Inputs
 
-__all__ = ["alike", "like", "nothing_to_do", "power", "readable", "unfit"]
+__all__ = ["Cut", "Segments", "alike", "like", "nothing_to_do", "power", "readable", "unfit"]
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a kernel is cut: channels of keys that it takes at once, columns of values of a program (0: all, or no matter), warps,
+    loads in flight, and registers at most."""
+
+    block: int
+    tile: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How rows are cut: where there are not `enough` programs, into segments of so many tokens at least, for `programs`."""
+
+    enough: int
+    programs: int
+    shortest: int
+
+    def of(self, programs: int, tokens: int) -> int:
+        """Segments of each row of so many tokens, if it has to be cut; programs: how many there are without."""
+        return max(min(-(-self.programs // programs), tokens // self.shortest), 1)
 
 
 def unfit(given: Inputs, widest: int) -> str | None:

@@ -6,7 +6,6 @@ each chunk is made again, unless KEEP. Gradients are the same bits every time: e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,37 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..inputs import Inputs
-from ._host import alike, like, nothing_to_do, power, readable, unfit
+from ._host import Cut, Segments, alike, like, nothing_to_do, power, readable, unfit
 
 WIDEST = 256
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a kernel is cut: channels and columns of values of a program (0: all, or no matter), warps, loads in flight, and
-    registers at most."""
-
-    block: int
-    tile: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What Triton's compiler is told."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
-
-
-@dataclass(frozen=True)
-class Segments:
-    """How rows are cut: where there are not `enough` programs, into segments of so many tokens at least, for `programs`."""
-
-    enough: int = 96
-    programs: int = 264
-    shortest: int = 512
-
-
 CHUNK = {False: 64, True: 32}  # tokens of a chunk; True: for products of float32
 # {kernel: {(largest head size, products of float32): cut}}
 LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
@@ -60,7 +31,7 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
     "states": {(256, False): Cut(64, 64, 4, 3), (256, True): Cut(32, 32, 4, 1)},
     "gradients": {(128, False): Cut(32, 0, 4, 1, 168), (256, False): Cut(32, 0, 4, 1), (256, True): Cut(16, 0, 4, 1)},
 }  # fmt: skip
-SEGMENTS = Segments()
+SEGMENTS = Segments(enough=96, programs=264, shortest=512)
 SCAN = 1024  # numbers of a state that a program of the scan over segments has
 KEEP = False  # whether what was prepared of chunks is kept for the backward pass: half as much again as q, k, v and the decay
 
@@ -114,7 +85,7 @@ class Call:
         programs = self.rows * -(-self.dv // self.tile("outputs"))
         segments = 1
         if programs < SEGMENTS.enough:
-            segments = max(min(-(-SEGMENTS.programs // programs), self.n // SEGMENTS.shortest), 1)
+            segments = SEGMENTS.of(programs, self.n)
         self.each = -(-self.chunks // segments)  # chunks of a segment
         self.segments = -(-self.chunks // self.each)
 

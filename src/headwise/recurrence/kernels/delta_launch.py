@@ -7,7 +7,6 @@ every sum has one owner and one order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,38 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..inputs import Inputs
-from ._host import alike, like, nothing_to_do, power, readable, unfit
+from ._host import Cut, Segments, alike, like, nothing_to_do, power, readable, unfit
 
 WIDEST = 256
 CUTTABLE = 128  # of larger heads, rows are not cut into segments: the scan has whole matrices in shared memory
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a kernel is cut: channels of keys that it takes at once, columns of values of a program (0: no matter), warps, loads
-    in flight, and registers at most."""
-
-    block: int
-    tile: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What Triton's compiler is told."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
-
-
-@dataclass(frozen=True)
-class Segments:
-    """How rows are cut: where there are not `enough` programs, into segments of so many tokens at least, for `programs`."""
-
-    enough: int = 96
-    programs: int = 132
-    shortest: int = 1024
-
-
 CHUNK = {False: 64, True: 32}  # tokens of a chunk, powers of two from 16 on; True: for products of float32
 # {kernel: {(largest head size, products of float32): cut}}. "channels" and "channel_gradients": decays of each channel.
 LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
@@ -71,7 +42,7 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
     },
     "channel_gradients": {(128, False): Cut(32, 0, 8, 1), (256, False): Cut(16, 0, 8, 1), (256, True): Cut(16, 0, 8, 1)},
 }  # fmt: skip
-SEGMENTS = Segments()
+SEGMENTS = Segments(enough=96, programs=132, shortest=1024)
 KEEP = True  # whether inverses are kept for the backward pass: (b * h, n, chunk), half of what keys take if heads are 128
 PRECISION = "tf32x3"  # of products in inverses and scans, where tensors are not float32
 
@@ -144,7 +115,7 @@ class Call:
         programs = self.rows * -(-self.dv // self.tile("outputs"))
         segments = 1
         if programs < SEGMENTS.enough and max(self.d, self.dv) <= CUTTABLE:
-            segments = max(min(-(-SEGMENTS.programs // programs), self.n // SEGMENTS.shortest), 1)
+            segments = SEGMENTS.of(programs, self.n)
         self.each = -(-self.chunks // segments)  # chunks of a segment
         self.segments = -(-self.chunks // self.each)
 
