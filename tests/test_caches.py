@@ -7,9 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headwise.caches import Keep, LayerStore
-from headwise.caches import store as store_module
-from headwise.caches.store import GROWTH
+from headwise.caches import PAGE, Keep, LayerStore
+from headwise.caches import arena as arena_module
 from headwise.errors import PlanError
 
 D = 3
@@ -34,7 +33,7 @@ keeps = st.lists(
 @pytest.fixture(params=[2, 64])
 def growth(request, monkeypatch):
     """Blocks that are smaller than a ring, and larger."""
-    monkeypatch.setattr(store_module, "GROWTH", request.param)
+    monkeypatch.setattr(arena_module, "PAGE", request.param)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -83,33 +82,34 @@ def test_views_of_one_new_token_are_exact():
     assert full.k.shape[2] == 21
 
 
+PER_TOKEN = 2 * D * 8 + 4  # key, value and number
+
+
 def test_bytes_are_those_allocated():
     many = LayerStore([None] * 4)
     some = LayerStore([Keep(2, 6), None, Keep(2, 6), Keep(2, 6)])
     for store in (many, some):
         store.extend(*tokens(1, 4, 0, 1000))
-    capacity = -(-1000 // GROWTH) * GROWTH
-    assert many.bytes() == 4 * 2 * capacity * D * 8
-    assert some.bytes() == 2 * capacity * D * 8 + 3 * 2 * 8 * D * 8 + 8 * 8
+    pages = -(-1000 // PAGE)
+    assert many.bytes() == 4 * pages * PAGE * PER_TOKEN
+    assert some.bytes() == (pages + 3) * PAGE * PER_TOKEN
     before = some.bytes()
     for i in range(20):
         some.extend(*tokens(1, 4, 1000 + i, 1))
-    assert some.bytes() == before  # still within the block that was allocated
+    assert some.bytes() == before  # still within the pages that were allocated
 
 
 def test_short_texts_allocate_little():
-    """No more than a block over what is held, however long the window may get."""
+    """No more than a page over what is held, and a sixteenth, however long the window may get."""
     store = LayerStore([Keep(4, 1000), None])
     store.extend(*tokens(1, 2, 0, 10))
-    per_token = 2 * D * 8
-    assert store.bytes() == 2 * GROWTH * per_token + 8 * GROWTH
+    assert store.bytes() == 2 * PAGE * PER_TOKEN
     for start in range(10, 1500, 10):
         store.extend(*tokens(1, 2, start, 10))
         held = min(start + 10, 1004)
-        assert store.bytes() <= (held + GROWTH + start + 10 + GROWTH) * per_token + 8 * (held + GROWTH)
+        assert store.bytes() <= (held + start + 10 + 2 * PAGE) * 17 / 16 * PER_TOKEN
     ring, _ = store.extend(*tokens(1, 2, 1500, 1))
     assert sorted(ring.number[0].tolist()) == [0, 1, 2, 3, *range(501, 1501)]
-    assert store.bytes() == (1004 + 1536) * per_token + 8 * 1004
 
 
 def test_cropping_where_nothing_was_freed():

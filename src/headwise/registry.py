@@ -19,6 +19,7 @@ from .errors import RegistryError
 # kind -> folders below headwise/. A file is one item; the class is its stem in CamelCase.
 ROOMS = {
     "stage": ("stages",),
+    "rule": ("caches/rules",),
     "mechanism": ("mechanisms/softmax", "mechanisms/heads", "mechanisms/linear"),
     "architecture": ("nn/architectures",),
     "probe": ("probes",),

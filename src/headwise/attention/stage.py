@@ -133,7 +133,7 @@ class Stage(ABC):  # noqa: B024 - what a stage must do is up to its kind
         changes = {}
         for name in self.per_head:
             value = getattr(self, name)
-            if value is not None and value.dim() > 0 and value.shape[0] != 1:
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != 1:
                 changes[name] = value[torch.as_tensor(list(heads), device=value.device)]
         return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
 
@@ -141,7 +141,7 @@ class Stage(ABC):  # noqa: B024 - what a stage must do is up to its kind
         """Raises: ShapeError if a per-head field has another number of entries than `heads` (one entry serves all)."""
         for name in self.per_head:
             value = getattr(self, name)
-            if value is not None and value.dim() > 0 and value.shape[0] not in (1, heads):
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] not in (1, heads):
                 raise ShapeError(
                     f"{type(self).__name__}.{name} has {value.shape[0]} entries for {heads} heads; give one for each head, or one"
                 )

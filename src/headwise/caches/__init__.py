@@ -1,5 +1,7 @@
 """Keys and values for generation, held per group of heads; what a head will never read again is freed."""
 
+from .arena import PAGE, Arena, Sequences
+from .rule import Codec, Evict, Rule, Seen
 from .store import Keep, LayerStore, View
 
-__all__ = ["Keep", "LayerStore", "View"]
+__all__ = ["PAGE", "Arena", "Codec", "Evict", "Keep", "LayerStore", "Rule", "Seen", "Sequences", "View"]

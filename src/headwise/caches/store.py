@@ -1,22 +1,26 @@
 """The keys and values of one attention layer, each key/value head keeping only what its queries can still read.
 
-Tokens are numbered by when they came, pads included; a row's position is that number less its left padding. A store
-takes new tokens and returns views to read them with: all that the new queries may need, with each key's number.
+Tokens are numbered by when they came, pads included; a row's position is that number less its left padding. A store takes
+new tokens and returns views to read them with: all that the new queries may need, with each key's number. After the read it
+may be told what was read, and evict. What is kept is in pages of one arena; left padding is not kept.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..attention.mask import FAR, Mask
+from ..attention.stage import Stage
 from ..errors import PlanError
+from .arena import Arena, Sequences
+from .rule import PLAIN, Codec, Evict, Parts, Rule, Seen, order_by
 
-GROWTH = 64  # tokens that a store allocates at a time
+PROMPT = 32  # a later call of so many tokens is a prompt too, after which heads evict; fewer may be drafts that are taken back
 _LATE = 1 << 40  # a position later than any: what a mask still reaches from there is what it keeps
 
 
@@ -48,8 +52,9 @@ class Keep:
 class View:
     """What the queries of some key/value heads read now.
 
-    k, v: (b, len(heads), slots, d). number: (1 or b, slots), when each key came; -1 marks an empty slot. ordered: slot i
-    holds token i. exact: the store holds what a single new query may read by the mask it was made for, and no more.
+    k, v: (b, len(heads), slots, d). number: (1 or b, slots), when each key came, or (b, len(heads), slots) where heads keep
+    different tokens; -1 marks an empty slot. ordered: slot i holds token i. exact: the store holds what a single new query
+    may read by the mask it was made for, and no more.
     """
 
     heads: tuple[int, ...]
@@ -60,159 +65,323 @@ class View:
     ordered: bool
     exact: bool
 
-
-class _Store(ABC):
-    """Keys and values of heads that keep the same."""
-
-    def __init__(self) -> None:
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    @abstractmethod
-    def extend(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-        """Takes (b, h, c, d) tokens number seen..seen+c-1; returns the rest of a View for reading with them."""
-
-    def tensors(self) -> list[Tensor]:
-        """What is allocated."""
-        return [t for t in (self.k, self.v) if t is not None]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-        if self.k is not None and self.v is not None:
-            self.k, self.v = self.k[rows.to(self.k.device)], self.v[rows.to(self.v.device)]
+    def split(self) -> list[View]:
+        """Views in which all heads keep the same tokens."""
+        if self.number.dim() < 3:
+            return [self]
+        return [
+            replace(self, heads=(head,), k=self.k[:, i : i + 1], v=self.v[:, i : i + 1], number=self.number[:, i])
+            for i, head in enumerate(self.heads)
+        ]
 
 
-class _Growing(_Store):
-    """Keeps everything, in blocks of GROWTH tokens."""
+class _Group:
+    """Heads of a layer that keep alike. Keeps everything, unless a subclass says otherwise."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
+    def __init__(self, heads: tuple[int, ...], sequences: Sequences, places: Sequence[int], codec: Codec) -> None:
+        self.heads, self.sequences, self.places, self.codec = heads, sequences, tuple(places), codec
+        self.layout: Sequence[Sequence[int]] = ()  # the groups of all heads in these sequences
+        self.undo: Callable[[], None] | None = None  # takes the last call back, if that can be done
+        self.pads = np.zeros(0, dtype=np.int64)
 
-    def extend(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-        length = self.length + k.shape[2]
-        self.k = self._with(self.k, k, length)
-        self.v = self._with(self.v, v, length)
-        self.length = length
-        return self.k[:, :, :length], self.v[:, :, :length], torch.arange(length, device=k.device)[None], True, False
+    croppable = True
 
-    def _with(self, held: Tensor | None, new: Tensor, length: int) -> Tensor:
-        if held is None or held.shape[2] < length:
-            grown = new.new_empty(*new.shape[:2], _blocks(length), new.shape[3])
-            if held is not None:
-                grown[:, :, : self.length] = held[:, :, : self.length]
-            held = grown
-        held[:, :, self.length : length] = new
-        return held
+    def extend(self, k: Tensor, v: Tensor, seen: int) -> View:
+        """Takes (b, heads, c, d) tokens number seen..seen+c-1; returns what to read them with."""
+        before = self.sequences.lengths.copy()
+        self.undo = lambda: self._restore(before)
+        count = k.shape[2]
+        parts = self._parts(k, v, seen)
+        if seen == 0 and count > 1:  # nothing is held yet: what came is read as it is
+            self._append(parts, seen)
+            return View(self.heads, None, k, v, torch.arange(count, device=k.device)[None], ordered=True, exact=False)
+        self._append(parts, seen)
+        ordered = not self.pads.any()
+        held_k, held_v, number = self._read(k.device)
+        return View(self.heads, None, held_k, held_v, number[0, :1] if ordered else number[:, 0], ordered=ordered, exact=False)
+
+    def settle(self, read: Callable[[], Seen]) -> None:
+        """After the read: evicts. `read` tells what was read, which may cost something."""
+
+    def _restore(self, lengths: np.ndarray) -> None:
+        self.sequences.lengths[:, list(self.places)] = lengths[:, list(self.places)]
+
+    def _parts(self, k: Tensor, v: Tensor, seen: int) -> Parts:
+        number = torch.arange(seen, seen + k.shape[2], dtype=torch.int32, device=k.device)
+        return {**self.codec.encode(k, v), "number": number.expand(*k.shape[:2], -1)}
+
+    def _append(self, parts: Parts, seen: int) -> None:
+        """Adds new tokens, without left padding."""
+        skip = np.maximum(self.pads - seen, 0)
+        c = parts["number"].shape[2]
+        if not skip.any():
+            self.sequences.append(self.places, parts, self.layout)
+            return
+        counts = np.maximum(c - skip, 0)
+        index = torch.from_numpy(np.minimum(np.arange(c) + skip[:, None], c - 1)).to(parts["number"].device)
+        shifted = {
+            name: part.gather(2, index.view(len(index), 1, c, *[1] * (part.dim() - 3)).expand(part.shape))
+            for name, part in parts.items()
+        }
+        each = np.broadcast_to(counts[:, None], (len(counts), len(self.places)))
+        self.sequences.append(self.places, shifted, self.layout, each)
+
+    def _read(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and numbers (b, heads, slots) of what is held; -1 where there is nothing."""
+        parts = {name: self.sequences.read(name, self.places) for name in self.sequences.arena.pools}
+        number = parts.pop("number").to(device).long()
+        there = self.sequences.there(self.places, device)
+        if there is not None:
+            number = torch.where(there, number, -1)
+        return *self.codec.decode(parts), number
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens`."""
-        self.length -= tokens
+        self.sequences.crop(self.places, tokens)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """What of this group is not in its sequences, for these batch rows."""
+        self.undo = None
+        self.pads = self.pads[list(rows)]
 
 
-def _blocks(tokens: int) -> int:
-    """Tokens to allocate for, in whole blocks."""
-    return -(-tokens // GROWTH) * GROWTH
-
-
-class _Ring(_Store):
-    """Keeps the first `sink` positions of each row in place, and the last `recent` in a ring.
+class _Ring(_Group):
+    """Keeps the first `sink` positions of each row in place, and the last `recent` in a ring behind them.
 
     Slots fill from the first on, so what is allocated grows with the text until the ring is whole.
     """
 
-    def __init__(self, keep: Keep) -> None:
-        super().__init__()
+    croppable = False
+
+    def __init__(self, heads: tuple[int, ...], sequences: Sequences, places: Sequence[int], codec: Codec, keep: Keep) -> None:
+        super().__init__(heads, sequences, places, codec)
         self.keep = keep
-        self.number: Tensor | None = None  # (1, slots), or (b, slots) where rows are padded differently
-        self.ragged = False
 
-    def slot(self, position: int) -> int:
-        """Where a position is held."""
-        sink, recent = self.keep.sink, self.keep.recent
-        return position if position < sink else sink + (position - sink) % recent
-
-    def extend(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
-        count, capacity = k.shape[2], self.keep.sink + self.keep.recent
-        if self.k is None:
-            self.ragged = any(pads)
-        self._grow(k, v, min(capacity, _blocks(seen + count - min(pads, default=0))))
-        assert self.k is not None
-        assert self.v is not None
-        assert self.number is not None
+    def extend(self, k: Tensor, v: Tensor, seen: int) -> View:
+        count, parts = k.shape[2], self._parts(k, v, seen)
+        new = torch.arange(seen, seen + count, device=k.device)[None]
         if count == 1:
-            self._write(k, v, seen, pads, range(1))
-            filled = min(capacity, seen + 1 - min(pads, default=0))
-            return self.k[:, :, :filled], self.v[:, :, :filled], self.number[:, :filled], False, not self.ragged
-        new = torch.arange(seen, seen + count, device=k.device).expand(self.number.shape[0], -1)
-        filled = min(capacity, seen - min(pads, default=0)) if seen else 0
-        held_k, held_v, held = self.k[:, :, :filled], self.v[:, :, :filled], self.number[:, :filled]
-        view = torch.cat([held_k, k], 2), torch.cat([held_v, v], 2), torch.cat([held, new], 1), filled == 0, False
-        self._write(k, v, seen, pads, range(count))
+            self._write(parts, seen)
+            held_k, held_v, number = self._read(k.device)
+            same = not self.pads.any()
+            return View(self.heads, self.keep, held_k, held_v, number[0, :1] if same else number[:, 0], ordered=False, exact=same)
+        if self.sequences.longest(self.places):
+            held_k, held_v, held = self._read(k.device)
+            number = torch.cat([held[:, 0], new.expand(len(held), -1)], 1)
+            if not self.pads.any():
+                number = number[:1]
+            view = View(
+                self.heads, self.keep, torch.cat([held_k, k], 2), torch.cat([held_v, v], 2), number, ordered=False, exact=False
+            )
+        else:
+            view = View(self.heads, self.keep, k, v, new, ordered=seen == 0, exact=False)
+        self._write(parts, seen)
         return view
 
-    def _grow(self, k: Tensor, v: Tensor, slots: int) -> None:
-        """Allocates at least so many slots, the new ones empty."""
-        held = 0 if self.k is None else self.k.shape[2]
-        if held >= slots:
-            return
-        b, h, missing = k.shape[0], k.shape[1], slots - held
-        more_k, more_v = k.new_zeros(b, h, missing, k.shape[3]), v.new_zeros(b, h, missing, v.shape[3])
-        empty = torch.full((b if self.ragged else 1, missing), -1, device=k.device)
-        if self.k is None or self.v is None or self.number is None:
-            self.k, self.v, self.number = more_k, more_v, empty
-        else:
-            self.k, self.v = torch.cat([self.k, more_k], 2), torch.cat([self.v, more_v], 2)
-            self.number = torch.cat([self.number, empty], 1)
-
-    def _write(self, k: Tensor, v: Tensor, seen: int, pads: Sequence[int], new: range) -> None:
+    def _write(self, parts: Parts, seen: int) -> None:
         """Puts new tokens in their slots; of several that share one, only the last is written."""
-        assert self.k is not None
-        assert self.v is not None
-        assert self.number is not None
-        rows = range(len(pads)) if self.ragged else [None]
-        for row in rows:
-            pad = 0 if row is None else pads[row]
-            last = seen + new.stop - pad  # positions so far, of this row
-            places = {}
-            for i in new if len(new) <= self.keep.sink + self.keep.recent else self._kept(seen, pad, new, last):
-                position = seen + i - pad
-                if position >= 0:
-                    places[self.slot(position)] = i
-            if not places:
-                continue
-            slots = torch.tensor(list(places), device=k.device)
-            source = torch.tensor(list(places.values()), device=k.device)
-            at = slice(None) if row is None else slice(row, row + 1)
-            self.k[at, :, slots] = k[at, :, source]
-            self.v[at, :, slots] = v[at, :, source]
-            self.number[at, slots] = source + seen
+        sink, recent = self.keep.sink, self.keep.recent
+        count = parts["number"].shape[2]
+        position = np.arange(seen, seen + count) - self.pads[:, None]  # (b, c)
+        last = seen + count - self.pads[:, None]  # positions so far
+        kept = (position >= 0) & ((position < sink) | (position >= last - recent))
+        slots = np.where(position < sink, position, sink + (position - sink) % recent)
+        lengths = self.sequences.lengths.copy()
+        lengths[:, list(self.places)] = np.minimum(np.maximum(last, 0), sink + recent)
+        columns = np.flatnonzero(kept.any(0))
+        if len(columns) < count:
+            chosen = torch.from_numpy(columns).to(parts["number"].device)
+            parts = {name: part.index_select(2, chosen) for name, part in parts.items()}
+        shape = (len(kept), len(self.places), len(columns))
+        slots, kept = (np.broadcast_to(x[:, None, columns], shape) for x in (np.maximum(slots, 0), kept))
+        self.sequences.arena.prepare(parts)
+        self.sequences.reserve(lengths, self.layout)
+        self._remember(slots, kept)
+        self.sequences.write(self.places, slots, parts, kept)
+        self.sequences.lengths = lengths
 
-    def _kept(self, seen: int, pad: int, new: range, last: int) -> list[int]:
-        """Those of many new tokens that are kept: sinks and the last `recent`."""
-        sinks = [i for i in new if 0 <= seen + i - pad < self.keep.sink]
-        return sinks + list(range(max(0, new.stop - self.keep.recent), new.stop))
+    def _remember(self, slots: np.ndarray, kept: np.ndarray) -> None:
+        """What the slots hold now, to put it back if the call fails."""
+        before = self.sequences.lengths.copy()
+        held = kept & (slots < before[:, list(self.places), None])
+        old = self.sequences.taken(self.places, slots) if held.any() else {}
 
-    def tensors(self) -> list[Tensor]:
-        return super().tensors() + ([self.number] if self.number is not None else [])
+        def undo() -> None:
+            self._restore(before)
+            if old:
+                self.sequences.write(self.places, slots, old, held)
 
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        if self.number is not None and self.ragged:
-            self.number = self.number[rows.to(self.number.device)]
+        self.undo = undo
+
+    def crop(self, tokens: int) -> None:
+        raise NotImplementedError
+
+
+class _Evicting(_Group):
+    """Keeps what a rule chooses, head by head."""
+
+    def __init__(
+        self, heads: tuple[int, ...], sequences: Sequences, places: Sequence[int], codec: Codec, rule: Evict, layer: tuple[int, int]
+    ) -> None:
+        super().__init__(heads, sequences, places, codec)
+        self.rule, self.layer = rule, layer
+        self.since = 0  # tokens taken since the last eviction: those can be taken back
+        self._call: tuple[Parts, Tensor, Tensor, Tensor, Parts, int, bool] | None = None
+
+    @property
+    def croppable(self) -> bool:  # type: ignore[override]
+        return not self.rule.every
+
+    def extend(self, k: Tensor, v: Tensor, seen: int) -> View:
+        count, parts = k.shape[2], self._parts(k, v, seen)
+        carried = {name: k.new_zeros(*k.shape[:3], dtype=torch.float32) for name in self.rule.carries}
+        parts |= {f"carried.{name}": value for name, value in carried.items()}
+        first = not self.sequences.longest(self.places)
+        if count == 1 and not first:
+            before = self.sequences.lengths.copy()
+            self.undo = None if self.rule.every else lambda: self._restore(before)
+            self._append(parts, seen)
+            k, v, number = self._read(k.device)
+            if self.rule.every:
+                kept = {name: self._carried(name) for name in self.rule.carries}
+                self._call = parts, k, v, number, kept, seen, False
+            else:
+                self.since += 1
+            return View(self.heads, None, k, v, number, ordered=False, exact=True)
+        new = torch.arange(seen, seen + count, device=k.device)
+        if first:
+            self.undo = self.sequences_cleared
+            number = new.expand(*k.shape[:2], -1)
+            view = View(self.heads, None, k, v, new[None], ordered=seen == 0, exact=False)
+        else:
+            self.undo = None
+            held_k, held_v, held = self._read(k.device)
+            number = torch.cat([held, new.expand(*held.shape[:2], -1)], 2)
+            carried = {name: torch.cat([self._carried(name), value], 2) for name, value in carried.items()}
+            k, v = torch.cat([held_k, k], 2), torch.cat([held_v, v], 2)
+            view = View(self.heads, None, k, v, number, ordered=False, exact=False)
+        number = torch.where(number >= torch.from_numpy(self.pads).to(k.device)[:, None, None], number, -1)
+        self._call = parts, k, v, number, carried, seen, first or count >= PROMPT or self.rule.every
+        return view
+
+    def sequences_cleared(self) -> None:
+        """Takes the first call back."""
+        self.sequences.lengths[:, list(self.places)] = 0
+        self._call = None
+
+    def _carried(self, name: str) -> Tensor:
+        return self.sequences.read(f"carried.{name}", self.places)
+
+    def settle(self, read: Callable[[], Seen]) -> None:
+        if self._call is None:
+            return
+        parts, k, v, number, carried, seen, prompt = self._call
+        self._call = None
+        if parts["number"].shape[2] > 1 and not prompt:
+            self._append(parts, seen)
+            self.since += parts["number"].shape[2]
+            return
+        order = number.sort(stable=True, dim=-1).indices if not prompt or self.sequences.longest(self.places) else None
+        if order is not None:
+            k, v = (t.gather(2, order[..., None].expand(t.shape)) for t in (k, v))
+            number = number.gather(-1, order)
+            carried = {name: value.gather(-1, order) for name, value in carried.items()}
+        what = replace(
+            read(), k=k, v=v, number=number, carried=carried, layer=self.layer[0], layers=self.layer[1], heads=self.heads
+        )
+        if self.rule.carries:
+            what = replace(what, carried=self.rule.carry(what))
+        scores = self.rule.score(what)
+        slots, counts = order_by(scores, self.rule.counts(what, scores), what.there)
+        kept = counts.cpu().numpy()
+        if not prompt:
+            self._drop(what, slots, kept, order)
+            return
+        chosen = {"k": k, "v": v, "number": number.to(torch.int32)}
+        chosen = {
+            name: t.gather(2, slots.view(*slots.shape, *[1] * (t.dim() - 3)).expand(*slots.shape, *t.shape[3:]))
+            for name, t in chosen.items()
+        }
+        held: Parts = {**self.codec.encode(chosen["k"], chosen["v"]), "number": chosen["number"]}
+        held |= {f"carried.{name}": value.gather(-1, slots) for name, value in what.carried.items()}
+        self.sequences.lengths[:, list(self.places)] = 0
+        self.sequences.append(self.places, held, self.layout, kept)
+        self.sequences.trim(self.layout)
+        self.since = 0
+
+    def _drop(self, what: Seen, slots: Tensor, kept: np.ndarray, order: Tensor | None) -> None:
+        """After a single new token: what is carried changes, and all but the chosen tokens go."""
+        assert order is not None
+        for name, value in what.carried.items():
+            places = np.broadcast_to(np.arange(value.shape[2]), value.shape)
+            there = self.sequences.there(self.places, torch.device("cpu"))
+            back = torch.empty_like(value).scatter_(-1, order, value)
+            self.sequences.write(self.places, places, {f"carried.{name}": back}, None if there is None else there.numpy())
+        own = self.sequences.lengths[:, list(self.places)]
+        if (kept == own).all():
+            return
+        chosen = order.gather(-1, slots).cpu().numpy()
+        if (own - kept == 1).all():
+            gone = np.ones((*own.shape, int(own.max())), dtype=bool)
+            gone &= np.arange(gone.shape[-1]) < own[..., None]
+            np.put_along_axis(gone, np.where(np.arange(chosen.shape[-1]) < kept[..., None], chosen, chosen[..., :1]), False, -1)
+            self.sequences.drop(self.places, gone.argmax(-1))
+        else:
+            self.sequences.keep(self.places, torch.from_numpy(chosen), kept, self.layout)
+
+    def crop(self, tokens: int) -> None:
+        if tokens > self.since:
+            raise PlanError(
+                f"cannot take back {tokens} tokens: heads have evicted others since, only the last {self.since} can go. "
+                "Assisted decoding needs drafts shorter than what is kept since the prompt"
+            )
+        super().crop(tokens)
+        self.since -= tokens
 
 
 class LayerStore:
-    """One layer: its key/value heads grouped by what they keep (`keeps`, one entry a head; None keeps everything)."""
+    """One layer: its key/value heads grouped by what they keep and as what.
 
-    def __init__(self, keeps: Sequence[Keep | None]) -> None:
-        self.keeps = tuple(keeps)
-        groups: dict[Keep | None, list[int]] = {}
+    Args:
+        keeps: one entry a key/value head, for those that masks bound; None keeps everything.
+        rules: key/value heads with the rule they have; a head may have one that evicts and one that encodes.
+        layer: this layer's number, and how many there are.
+    """
+
+    def __init__(
+        self, keeps: Sequence[Keep | None], rules: Sequence[tuple[Sequence[int], Rule]] = (), layer: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.keeps, self.rules, self.layer = tuple(keeps), tuple(rules), layer
+        asked: dict[tuple[object, ...], list[int]] = {}
+        which = {head: [(rule, tuple(heads)) for heads, rule in rules if head in heads] for head in range(len(keeps))}
         for head, keep in enumerate(keeps):
-            groups.setdefault(keep, []).append(head)
-        self.groups = [(tuple(heads), keep, _Growing() if keep is None else _Ring(keep)) for keep, heads in groups.items()]
+            asked.setdefault((keep, *(id(rule) for rule, _ in which[head])), []).append(head)
+        self.groups: list[_Group] = []
+        self.sequences: dict[int, Sequences] = {}
+        codecs: dict[int, tuple[Codec, list[tuple[int, ...]]]] = {}
+        for heads in asked.values():
+            codec = next((rule for rule, _ in which[heads[0]] if isinstance(rule, Codec)), PLAIN)
+            codecs.setdefault(id(codec), (codec, []))[1].append(tuple(heads))
+        for number, (codec, groups) in codecs.items():
+            heads_here = sorted(head for heads in groups for head in heads)
+            sequences = self.sequences[number] = Sequences(Arena(), len(heads_here))
+            layout = [[heads_here.index(head) for head in heads] for heads in groups]
+            for own, places in zip(groups, layout, strict=True):
+                asked_of = {type(rule): [among.index(head) for head in own] for rule, among in which[own[0]]}
+                evict = next((rule.select(asked_of[type(rule)]) for rule, _ in which[own[0]] if isinstance(rule, Evict)), None)
+                codec = codec.select(asked_of.get(type(codec), []))
+                keep = self.keeps[own[0]]
+                if evict is not None:
+                    group: _Group = _Evicting(own, sequences, places, codec, evict, layer)
+                elif keep is not None:
+                    group = _Ring(own, sequences, places, codec, keep)
+                else:
+                    group = _Group(own, sequences, places, codec)
+                group.layout = layout
+                self.groups.append(group)
         self.seen = 0
         self.pads: list[int] = []
+        self.broken = False
 
     def extend(self, k: Tensor, v: Tensor, pads: Sequence[int] | None = None) -> list[View]:
         """Takes the new tokens (b, kv heads, c, d) and returns a view for each group of heads.
@@ -222,29 +391,79 @@ class LayerStore:
         """
         if not self.seen:
             self.pads = list(pads) if pads is not None else [0] * k.shape[0]
+            for sequences in self.sequences.values():
+                sequences.begin(k.shape[0])
+            for group in self.groups:
+                group.pads = np.array(self.pads, dtype=np.int64)
         views = []
-        for heads, keep, store in self.groups:
-            own_k, own_v = (k, v) if len(heads) == k.shape[1] else (k[:, list(heads)], v[:, list(heads)])
-            views.append(View(heads, keep, *store.extend(own_k, own_v, self.seen, self.pads)))
+        for group in self.groups:
+            own = list(group.heads)
+            own_k, own_v = (k, v) if own == list(range(k.shape[1])) else (k[:, own], v[:, own])
+            views.append(group.extend(own_k, own_v, self.seen))
         self.seen += k.shape[2]
         return views
 
+    def settle(self, q: Tensor, scale: float, stages: Sequence[Stage]) -> None:
+        """After the read of q (b, h, n, d), scores of which the model's own `stages` change: evicts."""
+        ratio = q.shape[1] // len(self.keeps)
+        for group in self.groups:
+            own = [head for kv in group.heads for head in range(kv * ratio, (kv + 1) * ratio)]
+
+            def read(own: list[int] = own) -> Seen:
+                pads = torch.tensor(self.pads, device=q.device)
+                nothing = q[:, :0]
+                chosen = tuple(stage.select(own) for stage in stages)
+                return Seen(q[:, own], nothing, nothing, nothing[..., 0], pads, self.seen, scale, chosen)
+
+            group.settle(read)
+
+    def rollback(self, seen: int) -> None:
+        """Takes back what came after `seen` tokens, after an error; a store that can't do so refuses to go on."""
+        if self.seen == seen:
+            return
+        self.seen = seen
+        for group in self.groups:
+            if seen == 0:
+                continue
+            if group.undo is None:
+                self.broken = True
+            else:
+                group.undo()
+        if seen == 0:
+            for sequences in self.sequences.values():
+                sequences.clear()
+
     def bytes(self) -> int:
         """Bytes allocated for this layer."""
-        tensors = [tensor for _, _, store in self.groups for tensor in store.tensors()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(sequences.arena.nbytes for sequences in self.sequences.values())
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order (beam search, or dropping finished rows)."""
-        for _, _, store in self.groups:
-            store.select(rows)
+        """Keeps these batch rows, in this order (beam search, dropping finished rows). A row named twice is held once."""
+        chosen = rows.tolist()
+        for sequences in self.sequences.values():
+            if sequences.rows:
+                sequences.select(chosen)
+        for group in self.groups:
+            if len(group.pads):
+                group.select(chosen)
         if self.pads:
-            self.pads = [self.pads[row] for row in rows.tolist()]
+            self.pads = [self.pads[row] for row in chosen]
+
+    def held(self) -> list[list[list[int]]]:
+        """By row and key/value head: the numbers of the tokens that are held, sorted."""
+        found: list[list[list[int]]] = [[[] for _ in self.keeps] for _ in self.pads]
+        for group in self.groups:
+            number = group.sequences.read("number", group.places).tolist()
+            for row, heads in enumerate(number):
+                for place, head in enumerate(group.heads):
+                    length = int(group.sequences.lengths[row, group.places[place]])
+                    found[row][head] = sorted(heads[place][:length])
+        return found
 
     @property
     def croppable(self) -> bool:
         """Whether the last tokens can be forgotten: not if a ring has already overwritten older ones."""
-        return all(isinstance(store, _Growing) for _, _, store in self.groups)
+        return all(group.croppable for group in self.groups)
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens`.
@@ -258,9 +477,8 @@ class LayerStore:
                 f"cannot take back {tokens} tokens: streaming heads have already freed older keys. "
                 "Assisted decoding needs a plan whose heads keep everything"
             )
-        for _, _, store in self.groups:
-            assert isinstance(store, _Growing)
-            store.crop(tokens)
+        for group in self.groups:
+            group.crop(tokens)
         self.seen -= tokens
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..caches import Keep, LayerStore
+from ..caches import LayerStore
 from ..errors import PlanError, UnsupportedModelError
 
 CACHE_NAMES = ("cache", "past_key_values")  # what releases of transformers call the same argument and output, newest first
@@ -34,9 +34,9 @@ def cache_of(output: Any) -> Any:
 class HeadCacheLayer(CacheLayerMixin):
     """One layer. `update` hands the new keys through; headwise's attention function then reads and stores them."""
 
-    def __init__(self, keeps: Sequence[Keep | None], window: int | None, check: Callable[[], None]) -> None:
+    def __init__(self, store: LayerStore, window: int | None, check: Callable[[], None]) -> None:
         super().__init__()
-        self.store = LayerStore(keeps)
+        self.store = store
         self.is_sliding = window is not None
         self.sliding_window = window
         self.is_initialized = True
@@ -53,6 +53,8 @@ class HeadCacheLayer(CacheLayerMixin):
         model did not read what it stored last time.
         """
         self._check()
+        if self.store.broken:
+            raise PlanError("an error interrupted the last call, after heads had evicted tokens; fill a new cache from the start")
         if self.pending is not None:
             self.pending = None
             raise UnsupportedModelError("the model stored keys that its attention did not read; per-head caching cannot serve it")
@@ -89,7 +91,7 @@ class HeadCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything."""
         self.pending = None
-        self.store = LayerStore(self.store.keeps)
+        self.store = LayerStore(self.store.keeps, self.store.rules, self.store.layer)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders rows for beam search."""
@@ -115,6 +117,20 @@ class HeadCacheLayer(CacheLayerMixin):
 
 class HeadCache(Cache):
     """All layers of a model; made by applying a plan, and used by passing it on as the model's cache or by `generate`."""
+
+    def begin(self) -> None:
+        """Notes where a call starts, so that it can be taken back if it fails."""
+        self._seen = [layer.store.seen if isinstance(layer, HeadCacheLayer) else 0 for layer in self.layers]
+
+    def rollback(self) -> None:
+        """After an error in a call: every layer is as before it, so that the call can be made again.
+
+        Where tokens were evicted meanwhile that is not possible; the next call says so.
+        """
+        for layer, seen in zip(self.layers, self._seen, strict=True):
+            if isinstance(layer, HeadCacheLayer):
+                layer.pending = None
+                layer.store.rollback(seen)
 
     def bytes(self) -> int:
         """Bytes really allocated for keys, values and their bookkeeping."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ..attention.mask import And, Mask
 from ..attention.stage import Output, Stage
-from ..caches import Keep
+from ..caches import Evict, Keep, Rule
+from ..errors import PlanError
 from ..stages.window import Window
 from ..types import Heads
 from .layout import Site
@@ -41,6 +42,7 @@ class Program:
 
     groups: tuple[Group, ...]
     outputs: tuple[tuple[tuple[int, ...], Output], ...]
+    rules: tuple[tuple[tuple[int, ...], Rule], ...] = ()  # key/value heads, and how they are cached
 
     @property
     def plain(self) -> bool:
@@ -70,6 +72,7 @@ def compile_site(site: Site, entries: Sequence[Entry]) -> Program:
     asked: dict[int, Stage] = {}  # by number of the entry
     reads: list[list[tuple[int, int]]] = [[] for _ in range(site.heads)]  # by head: (number, the head's place in that stage)
     outputs: list[tuple[tuple[int, ...], Output]] = []
+    rules: list[tuple[tuple[int, ...], Rule]] = []
     for number, entry in enumerate(entries):
         if entry.heads.stack != site.stack:
             continue
@@ -82,6 +85,9 @@ def compile_site(site: Site, entries: Sequence[Entry]) -> Program:
         if isinstance(stage, Output):
             outputs.append((own, stage))
             continue
+        if isinstance(stage, Rule):
+            rules.append(_of_groups(site, own, stage))
+            continue
         asked[number] = stage
         for place, head in enumerate(own):
             reads[head].append((number, place))
@@ -92,4 +98,40 @@ def compile_site(site: Site, entries: Sequence[Entry]) -> Program:
     for numbers, heads in alike.items():
         stages = [asked[number].select([reads[head][i][1] for head in heads]) for i, number in enumerate(numbers)]
         groups.append(Group(tuple(heads), tuple(stages)))
-    return Program(tuple(groups), tuple(outputs))
+    program = Program(tuple(groups), tuple(outputs), tuple(rules))
+    _check_rules(site, program)
+    return program
+
+
+def _of_groups(site: Site, heads: tuple[int, ...], rule: Rule) -> tuple[tuple[int, ...], Rule]:
+    """Key/value heads of these query heads, and the rule for those: its per-head fields are of the first of each group.
+
+    Raises: PlanError if heads that share keys and values are not all there.
+    """
+    kv = tuple(dict.fromkeys(head // site.groups for head in sorted(heads)))
+    alone = [k for k in kv if not set(range(k * site.groups, (k + 1) * site.groups)) <= set(heads)]
+    if alone:
+        raise PlanError(
+            f"{type(rule).__name__} is asked of only some of the heads of layer {site.layer} that share key/value head {alone[0]}; "
+            "keys and values are kept or freed for all of them: select with key_value_groups(heads)"
+        )
+    return kv, rule.select([heads.index(k * site.groups) for k in kv])
+
+
+def _check_rules(site: Site, program: Program) -> None:
+    """Raises: PlanError if a head has two rules of a kind, or a mask that frees tokens beside a rule that evicts them."""
+    for i, (heads, rule) in enumerate(program.rules):
+        for others, other in program.rules[:i]:
+            if isinstance(rule, Evict) == isinstance(other, Evict) and set(heads) & set(others):
+                head = min(set(heads) & set(others))
+                raise PlanError(
+                    f"key/value head {head} of layer {site.layer} has both {type(other).__name__} and {type(rule).__name__}; "
+                    "one rule that evicts and one that encodes are all that a head can have"
+                )
+        if isinstance(rule, Evict):
+            masked = {head // site.groups for group in program.groups if group.mask is not None for head in group.heads}
+            if masked & set(heads):
+                raise PlanError(
+                    f"key/value head {min(masked & set(heads))} of layer {site.layer} has both a mask and {type(rule).__name__}; "
+                    "leave the mask out, or let the rule keep what it shows"
+                )

@@ -28,8 +28,9 @@ def make_readings(
     """
     n, ratio = q.shape[2], site.heads // sum(len(view.heads) for view in views)
     readings = []
+    parts = [part for view in views for part in view.split()]
     for group in program.groups:
-        for view in views:
+        for view in parts:
             heads = tuple(head for head in group.heads if head // ratio in view.heads)
             if not heads:
                 continue

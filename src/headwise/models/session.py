@@ -66,7 +66,7 @@ class Session:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.applied: dict[object, Callable[[], None]] = {}  # plans applied until removed, and what removes each
         self._version = 0
-        self._masked: bool | None = None  # whether a plan masks heads of the main stack; None until it is asked
+        self._masked: bool | None = None  # whether plans change what the main stack caches; None until it is asked
         self._signature = inspect.signature(type(model).forward)
         self._cache_argument = cache_argument(model)
         # of the forward pass that is running:
@@ -169,6 +169,8 @@ class Session:
                 args, kwargs = self._with_cache(bound, cache)
         held = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         self._cache = held if isinstance(held, HeadCache) else None
+        if self._cache is not None:
+            self._cache.begin()
         return args, kwargs
 
     def _with_cache(self, bound: inspect.BoundArguments, cache: HeadCache) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -182,7 +184,9 @@ class Session:
         target[name] = cache
         return bound.args[1:], bound.kwargs
 
-    def _after(self, *_: Any) -> None:
+    def _after(self, _: nn.Module, __: Any, output: Any) -> None:
+        if output is None and self._cache is not None:
+            self._cache.rollback()
         self._forget_forward()
 
     def _forget_forward(self) -> None:
@@ -192,9 +196,10 @@ class Session:
         self._cache = None
 
     def _masks_main(self) -> bool:
-        """Whether a plan masks heads of the main stack."""
+        """Whether a plan masks heads of the main stack, or says how they are cached."""
         if self._masked is None:
-            self._masked = any(group.mask is not None for site in self.layout.main.sites for group in self.program(site).groups)
+            programs = [self.program(site) for site in self.layout.main.sites]
+            self._masked = any(p.rules or any(group.mask is not None for group in p.groups) for p in programs)
         return self._masked
 
     # ---- caches -----------------------------------------------------------------------------------------------------
@@ -238,9 +243,11 @@ class Session:
                 layers.append(layer)
                 continue
             window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-            keeps: list[Keep | None] = self.program(site).keeps(site, window)
-            freed |= self.program(site).keeps(site, None) != [None] * site.key_value_heads
-            layers.append(HeadCacheLayer(keeps, window, check))
+            program = self.program(site)
+            keeps: list[Keep | None] = program.keeps(site, window)
+            rules = () if window is not None else program.rules  # a layer with a window of its own is bounded already
+            freed |= bool(rules) or program.keeps(site, None) != [None] * site.key_value_heads
+            layers.append(HeadCacheLayer(LayerStore(keeps, rules, (site.layer, len(sites))), window, check))
         return HeadCache(layers=layers) if freed else None
 
     def _store(self, site: Site, key: Tensor) -> tuple[LayerStore, Tensor, Tensor] | None:
@@ -282,6 +289,8 @@ class Session:
             )
         else:
             out = self._run(module, site, readings, mask, extras)
+        if stored is not None and program.rules:
+            stored[0].settle(q, readings[0].scale, model_stages(q, 0, None, False, extras, site.path)[0])
         for heads, stage in program.outputs:
             edited = stage.output(out[:, :, list(heads)].transpose(1, 2), None).transpose(1, 2)
             if len(heads) < site.heads:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 FORMAT = 1
+KINDS = {"stage": "headwise.stages.", "rule": "headwise.caches.rules."}
 COMBINED: dict[str, type[Stage]] = {"and": And, "or": Or, "not": Not}
 
 
@@ -93,7 +94,7 @@ def _encode(stage: Stage, key: str, tensors: dict[str, Tensor]) -> dict[str, Any
     if name is None:
         module = type(stage).__module__
         name = module.rsplit(".", 1)[-1]
-        if not module.startswith("headwise.stages.") or registry.load("stage", name) is not type(stage):
+        if not any(module.startswith(place) and registry.load(kind, name) is type(stage) for kind, place in KINDS.items()):
             raise PlanError(
                 f"{type(stage).__name__} is not in headwise's inventory of stages, so a saved plan could not find it again"
             )
@@ -116,7 +117,8 @@ def _encode_value(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _decode(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stage:
-    kind = COMBINED.get(data["name"]) or registry.load("stage", data["name"])
+    known = next((kind for kind in KINDS if data["name"] in registry.names(kind)), "stage")
+    kind = COMBINED.get(data["name"]) or registry.load(known, data["name"])
     return kind(**{name: _decode_value(value, tensors) for name, value in data["fields"].items()})
 
 

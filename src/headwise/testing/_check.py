@@ -19,6 +19,7 @@ from ..errors import RegistryError
 # kind -> module of its checks. "mechanism" is the inventory's; "mixer" is any attention of the user's
 MODULES = {
     "stage": "stages",
+    "rule": "rules",
     "probe": "probes",
     "recipe": "recipes",
     "task": "tasks",
@@ -125,11 +126,12 @@ def find_all(name: str) -> list[Item]:
 
 def _kind_of(value: Any, name: str) -> str:
     from ..attention.stage import Stage
+    from ..caches import Rule
     from ..probes import Probe
     from ..tasks import Task
     from ._build import is_attention
 
-    for kind, base in (("stage", Stage), ("probe", Probe), ("task", Task)):
+    for kind, base in (("rule", Rule), ("stage", Stage), ("probe", Probe), ("task", Task)):
         if inspect.isclass(value) and issubclass(value, base):
             return kind
     if is_attention(value):
@@ -137,8 +139,8 @@ def _kind_of(value: Any, name: str) -> str:
     if inspect.isfunction(value):
         return "recipe"
     raise RegistryError(
-        f"{name} is a {type(value).__name__}; checked can be subclasses of Stage, Probe and Task, recipes (functions that make "
-        "a Plan), and attentions (modules, and functions of q, k and v)"
+        f"{name} is a {type(value).__name__}; checked can be subclasses of Stage, Rule, Probe and Task, recipes (functions that "
+        "make a Plan), and attentions (modules, and functions of q, k and v)"
     )
 
 

@@ -1,0 +1,1 @@
+"""How heads may be cached; one file a rule."""
