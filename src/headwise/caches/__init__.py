@@ -1,7 +1,8 @@
 """Keys and values for generation, held per group of heads; what a head will never read again is freed."""
 
 from .arena import PAGE, Arena, Sequences
+from .groups import Keep, View
 from .rule import Codec, Evict, Rule, Seen
-from .store import Keep, LayerStore, View
+from .store import LayerStore
 
 __all__ = ["PAGE", "Arena", "Codec", "Evict", "Keep", "LayerStore", "Rule", "Seen", "Sequences", "View"]
