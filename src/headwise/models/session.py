@@ -202,6 +202,11 @@ class Session:
             self._masked = any(p.rules or any(group.mask is not None for group in p.groups) for p in programs)
         return self._masked
 
+    @property
+    def caches_otherwise(self) -> bool:
+        """Whether a plan in force has rules of how heads are cached, which a forward pass without a cache knows nothing of."""
+        return any(self.program(site).rules for site in self.layout.main.sites)
+
     # ---- caches -----------------------------------------------------------------------------------------------------
 
     def _may_replace(self, cache: Any, given: dict[str, Any]) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..card import Card
+from ..models.cache import cache_argument, cache_of
 from ..models.inputs import text_ids
 from ..models.subject import Subject
 from ..prompts import NeedlePrompt, needle_prompts
@@ -63,10 +65,29 @@ class Needle(Task):
 
 
 def answered(subject: Subject, prompt: NeedlePrompt) -> bool:
-    """Whether greedy decoding gives the whole answer, read in one forward pass."""
+    """Whether greedy decoding gives the whole answer.
+
+    Read in one forward pass; under a plan that says how heads are cached, the prompt is read first, and then the answer token by
+    token from what the cache holds.
+    """
+    if subject.session.caches_otherwise:
+        return _answered_from_cache(subject, prompt)
     size = len(prompt.answer)
     ids = torch.tensor([[*prompt.input_ids, *prompt.answer]], device=subject.device)
     keep = {"logits_to_keep": size + 1} if "logits_to_keep" in subject.forward_names else {}
     with torch.no_grad():
         logits = subject.model(input_ids=ids, use_cache=False, **keep).logits
     return bool(logits[0, -size - 1 : -1].argmax(-1).tolist() == list(prompt.answer))
+
+
+def _answered_from_cache(subject: Subject, prompt: NeedlePrompt) -> bool:
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in subject.forward_names else {}
+    ids = torch.tensor([list(prompt.input_ids)], device=subject.device)
+    cache: dict[str, Any] = {}
+    with torch.no_grad():
+        for token in prompt.answer:
+            out = subject.model(input_ids=ids, use_cache=True, **keep, **cache)
+            if int(out.logits[0, -1].argmax()) != token:
+                return False
+            ids, cache = ids.new_tensor([[token]]), {str(cache_argument(subject.model)): cache_of(out)}
+    return True
