@@ -144,21 +144,15 @@ class Sequences:
         return -(-lengths // self.arena.page)
 
     def reserve(self, lengths: np.ndarray, groups: Sequence[Sequence[int]]) -> None:
-        """Pages for so many tokens (b, heads). Heads of a group lie next to each other, equally far apart, if none is shared."""
+        """Pages for so many tokens (b, heads). Heads of a group lie one after another if no page is shared."""
         need = self._pages_of(lengths)
         have = (self.table >= 0).sum(-1)
         if (need <= have).all():
             return
         self._widen(int(need.max()))
         if self._alone:
-            growing = self.lengths.any()
-            wide = np.maximum(need, have)
-            for group in groups:
-                own = wide[:, list(group)]
-                most = int(own.max(initial=0))
-                if growing and (need[:, list(group)] > have[:, list(group)]).any():
-                    most += max(0, -(-most // SPARE) - 1)
-                wide[:, list(group)] = np.where(own > 0, most, 0)
+            spare = np.where(self.lengths > 0, np.maximum(-(-need // SPARE) - 1, 0), 0)
+            wide = np.where(need > have, need + spare, have)
             self._arrange(wide, groups)
         else:
             missing = np.argwhere(np.arange(self.table.shape[2]) < need[..., None])

@@ -79,9 +79,13 @@ class Group:
         self.pads = np.zeros(0, dtype=np.int64)
 
     croppable = True
+    in_place = True  # whether a single new token may read what is in the pages, all of it, as it is
 
-    def extend(self, k: Tensor, v: Tensor, seen: int) -> View:
-        """Takes (b, heads, c, d) tokens number seen..seen+c-1; returns what to read them with."""
+    def extend(self, k: Tensor, v: Tensor, seen: int, read: bool = True) -> View | None:
+        """Takes (b, heads, c, d) tokens number seen..seen+c-1; returns what to read them with.
+
+        read: False for a single token that is read in place, see `LayerStore.attend`.
+        """
         before = self.sequences.lengths.copy()
         self.undo = lambda: self._restore(before)
         count = k.shape[2]
@@ -90,6 +94,8 @@ class Group:
             self._append(parts, seen)
             return View(self.heads, None, k, v, torch.arange(count, device=k.device)[None], ordered=True, exact=False)
         self._append(parts, seen)
+        if not read:
+            return None
         ordered = not self.pads.any()
         held_k, held_v, number = self._read(k.device)
         return View(self.heads, None, held_k, held_v, number[0, :1] if ordered else number[:, 0], ordered=ordered, exact=False)
@@ -151,11 +157,13 @@ class Ring(Group):
         super().__init__(heads, sequences, places, codec)
         self.keep = keep
 
-    def extend(self, k: Tensor, v: Tensor, seen: int) -> View:
+    def extend(self, k: Tensor, v: Tensor, seen: int, read: bool = True) -> View | None:
         count, parts = k.shape[2], self._parts(k, v, seen)
         new = torch.arange(seen, seen + count, device=k.device)[None]
         if count == 1:
             self._write(parts, seen)
+            if not read:
+                return None
             held_k, held_v, number = self._read(k.device)
             same = not self.pads.any()
             return View(self.heads, self.keep, held_k, held_v, number[0, :1] if same else number[:, 0], ordered=False, exact=same)
@@ -226,7 +234,7 @@ class Evicting(Group):
     def croppable(self) -> bool:  # type: ignore[override]
         return not self.rule.every
 
-    def extend(self, k: Tensor, v: Tensor, seen: int) -> View:
+    def extend(self, k: Tensor, v: Tensor, seen: int, read: bool = True) -> View | None:
         count, parts = k.shape[2], self._parts(k, v, seen)
         carried = {name: k.new_zeros(*k.shape[:3], dtype=torch.float32) for name in self.rule.carries}
         parts |= {f"carried.{name}": value for name, value in carried.items()}
@@ -235,6 +243,9 @@ class Evicting(Group):
             before = self.sequences.lengths.copy()
             self.undo = None if self.rule.every else lambda: self._restore(before)
             self._append(parts, seen)
+            if not (read or self.rule.every):
+                self.since += 1
+                return None
             k, v, number = self._read(k.device)
             if self.rule.every:
                 kept = {name: self._carried(name) for name in self.rule.carries}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,25 @@ Parts = dict[str, Tensor]
 Budget = float | Tensor
 
 
+class Rotary(Protocol):
+    """How a layer turns queries and keys by their positions."""
+
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (b, h, n, d) as it is at positions (b, n) or (b, h, n)."""
+        ...
+
+    def turned_back(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What was turned to x at positions (b, n) or (b, h, n)."""
+        ...
+
+
 class Rule(Stage):
-    """How some heads keep keys and values in generation. Heads that share a key/value head must have the same rule."""
+    """How some heads keep keys and values in generation. Heads that share a key/value head must have the same rule.
+
+    turns: whether it needs the model's rotary positions.
+    """
+
+    turns: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +49,7 @@ class Seen:
     number: (b, kv, m), when each came, pads counted; -1 where there is nothing. pads: (b,) left padding of each row.
     total: tokens so far, pads and evicted ones included. stages: the model's own (caps, sinks), masks left out.
     carried: what the rule keeps beside each token, (b, kv, m) each; zeros for new ones. layer: of how many `layers`.
+    rotary: how q and k were turned, for rules that ask for it by `turns`; None if they were not.
     """
 
     q: Tensor
@@ -46,6 +64,7 @@ class Seen:
     layer: int = 0
     layers: int = 1
     heads: tuple[int, ...] = ()
+    rotary: Rotary | None = None
 
     @property
     def groups(self) -> int:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..attention.paged import Schedule, paged_attention
 from ..attention.stage import Stage
 from ..errors import PlanError
 from .arena import Arena, Sequences
 from .groups import Evicting, Group, Keep, Ring, View
-from .rule import PLAIN, Codec, Evict, Rule, Seen
+from .rule import PLAIN, Codec, Evict, Rotary, Rule, Seen
 
 
 class LayerStore:
@@ -63,12 +64,14 @@ class LayerStore:
         self.seen = 0
         self.pads: list[int] = []
         self.broken = False
+        self._schedule: Schedule | None = None
 
-    def extend(self, k: Tensor, v: Tensor, pads: Sequence[int] | None = None) -> list[View]:
+    def extend(self, k: Tensor, v: Tensor, pads: Sequence[int] | None = None, *, read: bool = True) -> list[View]:
         """Takes the new tokens (b, kv heads, c, d) and returns a view for each group of heads.
 
         Args:
             pads: left padding of each row; read once, when the store is empty.
+            read: False for a single token that `attend` will read with; then there are no views.
         """
         if not self.seen:
             self.pads = list(pads) if pads is not None else [0] * k.shape[0]
@@ -80,11 +83,35 @@ class LayerStore:
         for group in self.groups:
             own = list(group.heads)
             own_k, own_v = (k, v) if own == list(range(k.shape[1])) else (k[:, own], v[:, own])
-            views.append(group.extend(own_k, own_v, self.seen))
+            view = group.extend(own_k, own_v, self.seen, read)
+            if view is not None:
+                views.append(view)
         self.seen += k.shape[2]
         return views
 
-    def settle(self, q: Tensor, scale: float, stages: Sequence[Stage]) -> None:
+    @property
+    def in_place(self) -> bool:
+        """Whether a single new token may read all that is held where it is; on a CPU that pays where lengths differ."""
+        if len(self.sequences) != 1 or not all(group.in_place and group.codec is PLAIN for group in self.groups):
+            return False
+        (sequences,) = self.sequences.values()
+        pools = sequences.arena.pools
+        return bool(pools) and (pools["k"].is_cuda or any(isinstance(group, Evicting) for group in self.groups))
+
+    def attend(self, q: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        """(b, h, 1, dv): the newest token's queries q (b, h, 1, d) read all that each head holds, however much that is, at once."""
+        (sequences,) = self.sequences.values()
+        arena, heads = sequences.arena, len(self.keeps)
+        if self._schedule is None or self._schedule.stale(sequences.lengths):
+            self._schedule = Schedule.of(sequences.lengths, heads, page=arena.page, device=q.device)
+        table, lengths = sequences.on_device()
+        found: Tensor = paged_attention(
+            q, arena.pools["k"], arena.pools["v"], table, lengths, scale=scale, softcap=softcap, sinks=sinks,
+            schedule=self._schedule,
+        )  # fmt: skip
+        return found
+
+    def settle(self, q: Tensor, scale: float, stages: Sequence[Stage], rotary: Rotary | None = None) -> None:
         """After the read of q (b, h, n, d), scores of which the model's own `stages` change: evicts."""
         ratio = q.shape[1] // len(self.keeps)
         for group in self.groups:
@@ -94,7 +121,7 @@ class LayerStore:
                 pads = torch.tensor(self.pads, device=q.device)
                 nothing = q[:, :0]
                 chosen = tuple(stage.select(own) for stage in stages)
-                return Seen(q[:, own], nothing, nothing, nothing[..., 0], pads, self.seen, scale, chosen)
+                return Seen(q[:, own], nothing, nothing, nothing[..., 0], pads, self.seen, scale, chosen, rotary=rotary)
 
             group.settle(read)
 

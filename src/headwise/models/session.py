@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache, StaticCache
 
+from ..attention.mask import Mask
 from ..caches import Keep, LayerStore, View
 from ..errors import GeometryError, PlanError, UnsupportedModelError
+from ..stages.sink_logit import SinkLogit
+from ..stages.softcap import Softcap
 from .cache import CACHE_NAMES, HeadCache, HeadCacheLayer, cache_argument
-from .call import Call, Reading, model_stages
+from .call import SELECTING, Call, Reading, model_stages
 from .interface import BASES, IMPLEMENTATION, MODULES, base_attention, base_attention_of, base_for, base_of, is_causal, register
 from .layout import Layout, Site, find_layout
 from .masks import Found
 from .program import Entry, Program, compile_site
 from .reading import make_readings
+from .rotary import RotaryPositions, rotary_of
 
 
 class Tap(Protocol):
@@ -58,6 +62,7 @@ class Session:
         self._entries: list[tuple[object, tuple[Entry, ...]]] = []
         self._taps: list[tuple[object, Tap]] = []
         self._programs: dict[tuple[str, int], Program] = {}
+        self._rotary: dict[tuple[str, int], RotaryPositions | None] = {}
         self._sites: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
         for stack in self.layout.stacks.values():
             for site in stack.sites:
@@ -74,6 +79,8 @@ class Session:
         self._token_mask: Tensor | None = None
         self._encoder_mask: Tensor | None = None
         self._pads: list[int] | None = None
+        self._padded: bool | None = None
+        self._plain_mask = False
         self._cache: HeadCache | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
@@ -155,6 +162,7 @@ class Session:
         own = "decoder_attention_mask" if self.layout.encoder_decoder else "attention_mask"
         self._token_mask = _two_dimensional(given.get(own))
         self._encoder_mask = _two_dimensional(given.get("attention_mask"))
+        self._plain_mask = given.get(own) is None
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if self._masks_main():
             if isinstance(cache, StaticCache):
@@ -193,6 +201,8 @@ class Session:
         self._known = {}
         self._token_mask = self._encoder_mask = None
         self._pads = None
+        self._padded = None
+        self._plain_mask = False
         self._cache = None
 
     def _masks_main(self) -> bool:
@@ -272,6 +282,13 @@ class Session:
             self._programs[key] = compile_site(site, [entry for _, entries in self._entries for entry in entries])
         return self._programs[key]
 
+    def rotary(self, site: Site) -> RotaryPositions | None:
+        """The rotary positions of one module, found when first asked for; see `rotary_of`."""
+        key = (site.stack, site.layer)
+        if key not in self._rotary:
+            self._rotary[key] = rotary_of(self.model, site)
+        return self._rotary[key]
+
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extras: dict[str, Any]) -> Tensor:
         """(b, n, h, dv): one call of the model's attention under what is installed."""
         site = self._sites[module]
@@ -283,7 +300,8 @@ class Session:
         program = self.program(site)
         stored = self._store(site, k)
         readings: tuple[Reading, ...] = ()
-        if stored is not None or self._taps or not program.plain:
+        direct = stored is not None and self._reads_in_place(site, program, stored[0], q, extras)
+        if not direct and (stored is not None or self._taps or not program.plain):
             store, k, v = stored if stored is not None else (None, k, v)
             readings = self._readings(module, site, program, q, k, v, mask, extras, store)
         if stored is None and program.plain:
@@ -292,10 +310,16 @@ class Session:
             raise PlanError(
                 f"this plan changes how heads read, which knows no attention dropout ({extras['dropout']}); set it to 0"
             )
+        elif direct:
+            assert stored is not None
+            stored[0].extend(*stored[1:], self._left_pads(q.shape[0]), read=False)
+            out = _read_in_place(stored[0], q, extras, site.path)
         else:
             out = self._run(module, site, readings, mask, extras)
         if stored is not None and program.rules:
-            stored[0].settle(q, readings[0].scale, model_stages(q, 0, None, False, extras, site.path)[0])
+            own = model_stages(q, 0, None, False, extras, site.path)[0]
+            rotary = self.rotary(site) if any(rule.turns for _, rule in program.rules) else None
+            stored[0].settle(q, _scale(q, extras), own, rotary)
         for heads, stage in program.outputs:
             edited = stage.output(out[:, :, list(heads)].transpose(1, 2), None).transpose(1, 2)
             if len(heads) < site.heads:
@@ -327,9 +351,33 @@ class Session:
             views = store.extend(k, v, pads)
             total = store.seen
         own, visible = model_stages(q, total, mask, causal, extras, site.path)
-        scale = extras.get("scaling")
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        return make_readings(site, program, q, views, own, visible, scale, total, pads)
+        return make_readings(site, program, q, views, own, visible, _scale(q, extras), total, pads)
+
+    def _reads_in_place(self, site: Site, program: Program, store: LayerStore, q: Tensor, extras: dict[str, Any]) -> bool:
+        """Whether a new token reads just what the store holds, as the model reads: nothing of masks and stages is left to do."""
+        if q.shape[2] != 1 or self._taps or not store.in_place or not self._only_padded(q.shape[0]):
+            return False
+        if torch.is_grad_enabled() and q.requires_grad:
+            return False
+        if any(extras.get(name) is not None for name in (*SELECTING, "position_bias")):
+            return False
+        if getattr(self.model.config.get_text_config(decoder=True), "attention_chunk_size", None) is not None:  # type: ignore[union-attr, operator]
+            return False
+        for group in program.groups:
+            kv = {head // site.groups for head in group.heads}
+            whole = len(kv) * site.groups == len(group.heads)
+            if group.stages and not (whole and all(isinstance(s, Mask) for s in group.stages) and Keep.of(group.mask) is not None):
+                return False
+        return True
+
+    def _only_padded(self, rows: int) -> bool:
+        """Whether the model's masks hide nothing but what came before a row's first token."""
+        if self._token_mask is None:
+            return self._plain_mask
+        if self._padded is None:
+            mask = self._token_mask.long()
+            self._padded = len(mask) == rows and bool((mask.cumsum(1).eq(0).sum(1) + mask.sum(1) == mask.shape[1]).all())
+        return self._padded
 
     def _run(
         self, module: nn.Module, site: Site, readings: Sequence[Reading], mask: Tensor | None, extras: dict[str, Any]
@@ -378,6 +426,20 @@ def _configs_of(model: nn.Module) -> list[Any]:
                 found[id(item)] = item
                 todo += [sub for key in getattr(item, "sub_configs", ()) if (sub := getattr(item, key, None)) is not None]
     return list(found.values())
+
+
+def _read_in_place(store: LayerStore, q: Tensor, extras: dict[str, Any], name: str) -> Tensor:
+    """(b, 1, h, dv): a new token's read of all that a store holds."""
+    own, _ = model_stages(q, 0, None, False, extras, name)
+    cap = next((stage.cap for stage in own if isinstance(stage, Softcap)), None)
+    sinks = next((stage.logit for stage in own if isinstance(stage, SinkLogit)), None)
+    return store.attend(q, _scale(q, extras), cap, sinks).transpose(1, 2)
+
+
+def _scale(q: Tensor, extras: dict[str, Any]) -> float:
+    """What the model multiplies its scores by."""
+    scale = extras.get("scaling")
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _two_dimensional(mask: Any) -> Tensor | None:
