@@ -301,10 +301,14 @@ def bench(
     name: Annotated[str, typer.Argument(help="A benchmark; see `headwise list --kind benchmark`.")] = "statistics",
     device: Device = "cpu",
     quick: Annotated[bool, typer.Option(help="The shortest length only.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draws the result into this SVG, where the benchmark has a picture.")] = None,
     json_: AsJson = False,
 ) -> None:
     """Measures speed and memory with the peers beside us in the same run."""
     run = registry.load("benchmark", name)
+    draw = getattr(sys.modules[run.__module__], "plot", None)
+    if plot is not None and draw is None:
+        raise InputError(f"the benchmark {name} has no picture; leave --plot out")
     from .models.subject import check_device
 
     def line(row: Any) -> None:
@@ -317,6 +321,8 @@ def bench(
         print(text, file=sys.stderr if json_ else sys.stdout, flush=True)
 
     table = run(check_device(device), quick=quick, report=line)
+    if plot is not None and draw is not None:
+        draw(table, plot)
     if json_:
         print(json.dumps(table.to_dict(), indent=1))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -21,7 +21,8 @@ from ..version import __version__
 class Row:
     """One line: what ran, on what shape, how long, beside which peer; extra_mib: peak memory beyond what was there before.
 
-    ratio: milliseconds over those of the first peer of the same measure; goal: what the ratio should be at most.
+    ratio: milliseconds over those of the first peer of the same measure; goal: what the ratio should be at most. figures: what
+    is no time, by name.
     """
 
     measure: str
@@ -32,6 +33,7 @@ class Row:
     goal: float | None = None
     extra_mib: float | None = None
     note: str = ""
+    figures: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

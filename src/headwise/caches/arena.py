@@ -8,35 +8,76 @@ the memory of many such pages is given back.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DeviceError, ShapeError
+from .tables import NONE, Pages, after_move, even, index_of
+
 PAGE = 64  # tokens of a page
 SPARE = 16  # a pool that must grow while decoding grows by a SPARE-th, so that copying it costs little
-NONE = -1
+LOOSE = 8  # memory is given back when a LOOSE-th of the pages holds nothing
 
 Parts = dict[str, Tensor]
-Pages = np.ndarray
 
 
 class Arena:
-    """Pages of some tensors, and how many sequences hold each."""
+    """Pages of some tensors, and how many sequences hold each.
 
-    def __init__(self, page: int | None = None) -> None:
-        self.page = PAGE if page is None else page
+    Args:
+        page: tokens of a page.
+        packed: sequences lie one after another as long as they share nothing, so that they are read without a copy; a
+            sequence that grows then gets a few pages ahead. Otherwise pages are taken one by one, when they are needed.
+    """
+
+    def __init__(self, page: int | None = None, *, packed: bool = True) -> None:
+        self.page, self.packed = PAGE if page is None else page, packed
         self.pools: Parts = {}  # name -> (pages, page, ...)
         self.refs = np.zeros(0, dtype=np.int32)
-        self.users: weakref.WeakSet[Sequences] = weakref.WeakSet()
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # of Holder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Arena:
+        made = memo[id(self)] = Arena(self.page, packed=self.packed)
+        made.pools = {name: pool.clone() for name, pool in self.pools.items()}
+        made.refs = np.zeros_like(self.refs)  # sequences that are copied too hold theirs
+        return made
 
     def prepare(self, parts: Mapping[str, Tensor]) -> None:
-        """Makes pools for tensors of the given names, types and last sizes, if there are none yet."""
+        """Makes pools for tensors of the given names, types and last sizes, if there are none yet.
+
+        A pool of narrower numbers than what comes is made wider, as joining the tensors would.
+
+        Raises: ShapeError or DeviceError for parts that are unlike those that are held.
+        """
         for name, part in parts.items():
-            if name not in self.pools:
-                self.pools[name] = part.new_zeros(len(self.refs), self.page, *part.shape[3:])
+            pool = self.pools.get(name)
+            if pool is None or (self._unlike(pool, part) and not self.held):
+                self.pools[name] = self._made(part, len(self.refs), part.shape[3:])
+                continue
+            if pool.shape[2:] != part.shape[3:]:
+                raise ShapeError(
+                    f"{name} of a token is {tuple(part.shape[3:])}, what is held is {tuple(pool.shape[2:])}; fill a new cache"
+                )
+            if pool.device != part.device:
+                raise DeviceError(f"{name} came on {part.device}, what is held is on {pool.device}; fill a new cache there")
+            if part.is_floating_point() and pool.dtype != part.dtype:
+                wide = torch.promote_types(pool.dtype, part.dtype)
+                if wide != pool.dtype:
+                    with torch.inference_mode(False):
+                        self.pools[name] = pool.to(wide)
+
+    def _unlike(self, pool: Tensor, part: Tensor) -> bool:
+        return (pool.shape[2:], pool.dtype, pool.device) != (part.shape[3:], part.dtype, part.device)
+
+    def _made(self, like: Tensor, pages: int, sizes: Sequence[int]) -> Tensor:
+        with torch.inference_mode(False):  # a pool is written in later calls, in whatever mode those are
+            return torch.zeros(pages, self.page, *sizes, dtype=like.dtype, device=like.device)
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +93,8 @@ class Arena:
         """(count,) pages that nobody held, now held once; the lowest ones first."""
         free = np.flatnonzero(self.refs == 0)[:count]
         if len(free) < count:
-            self._resize(len(self.refs) + count - len(free))
+            have = len(self.refs)
+            self._resize(have + max(count - len(free), have // SPARE))
             free = np.flatnonzero(self.refs == 0)[:count]
         self.refs[free] = 1
         return free.astype(np.int32)
@@ -68,57 +110,100 @@ class Arena:
     def copy(self, source: Pages, target: Pages) -> None:
         """Copies what is in pages."""
         for pool in self.pools.values():
-            pool[_index(target, pool)] = pool[_index(source, pool)]
+            pool[index_of(target, pool)] = pool[index_of(source, pool)]
 
     def _resize(self, pages: int) -> None:
         """More pages, the new ones unheld."""
+        users = list(self.users)  # held, so that none lets go of pages meanwhile
+        made = {}
         for name, pool in self.pools.items():
-            grown = pool.new_zeros(pages, *pool.shape[1:])
-            grown[: len(pool)] = pool
-            self.pools[name] = grown
+            made[name] = self._made(pool, pages, pool.shape[2:])
+            made[name][: len(pool)] = pool
+        self.pools = made  # only now: what had no room leaves everything as it was
         self.refs = np.concatenate([self.refs, np.zeros(pages - len(self.refs), dtype=np.int32)])
+        del users
+
+    def empty(self) -> None:
+        """Gives all memory back, if nobody holds a page."""
+        if len(self.refs) and not self.held:
+            self.pools = {name: self._made(pool, 0, pool.shape[2:]) for name, pool in self.pools.items()}
+            self.refs = np.zeros(0, dtype=np.int32)
+
+    @property
+    def movable(self) -> bool:
+        """Whether all who hold pages can be told that they move."""
+        return sum(int((user.table >= 0).sum()) for user in self.users) == int(self.refs.sum())
 
     def arrange(self, order: Pages) -> Pages:
-        """Makes the pools anew from pages in the order given, NONE for an empty one; returns where each now is.
-
-        Pages that are not named are lost, each is held once for every time that it is named.
+        """Makes the pools anew: pages in the order given, NONE for an empty one held once, and behind them all others that are
+        held. A page named again is where it was named first; pages that nobody holds are lost. Tells all users; returns where
+        each of `order` now is.
         """
-        _, first, place = np.unique(order, return_index=True, return_inverse=True)
-        place = place.reshape(-1)
-        moved = first[place]  # a page that is named again is where it was named first
-        moved[order == NONE] = np.flatnonzero(order == NONE)
-        kept, where = np.unique(moved, return_inverse=True)
+        users = list(self.users)  # held, so that none lets go of pages meanwhile
+        named = order >= 0
+        unique, first = np.unique(order[named], return_index=True)
+        kept = ~named
+        kept[np.flatnonzero(named)[first]] = True
+        others = np.setdiff1d(np.flatnonzero(self.refs > 0), unique)
+        source = np.concatenate([order[kept], others]).astype(np.int64)
+        old = source >= 0
+        made = {}
         for name, pool in self.pools.items():
-            made = pool.new_zeros(len(kept), *pool.shape[1:])
-            source = order[kept]
-            made[_index(np.flatnonzero(source >= 0), pool)] = pool[_index(source[source >= 0], pool)]
-            self.pools[name] = made
-        self.refs = np.bincount(where.reshape(-1), minlength=len(kept)).astype(np.int32)
-        return where.reshape(-1).astype(np.int32)
-
-
-def _index(pages: Pages, pool: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pages, dtype=np.int64)).to(pool.device)
+            with torch.inference_mode(False):
+                made[name] = (
+                    pool[index_of(np.maximum(source, 0), pool)] if old.any() else self._made(pool, len(old), pool.shape[2:])
+                )
+                if not old.all():
+                    made[name][index_of(np.flatnonzero(~old), pool)] = torch.zeros((), dtype=pool.dtype, device=pool.device)
+        where = np.full(len(self.refs), NONE, dtype=np.int32)
+        where[source[old]] = np.flatnonzero(old)
+        refs = np.ones(len(source), dtype=np.int32)
+        refs[old] = self.refs[source[old]]
+        found = np.empty(len(order), dtype=np.int32)
+        found[named] = where[order[named]]
+        found[~named] = (np.cumsum(kept) - 1)[~named]
+        self.pools, self.refs = made, refs
+        for user in users:
+            user.moved(where)
+        return found
 
 
 class Sequences:
     """The tokens of `heads` heads of some batch rows, in an arena. Slot i of a sequence is the i-th token that it holds.
 
     table: (b, heads, pages) of page numbers. lengths: (b, heads) tokens held. Both are known on the host, so that nothing
-    waits for the device.
+    waits for the device. version: another number whenever the table has changed.
     """
 
     def __init__(self, arena: Arena, heads: int) -> None:
         self.arena, self.heads = arena, heads
         self.table = np.full((0, heads, 0), NONE, dtype=np.int32)
         self.lengths = np.zeros((0, heads), dtype=np.int64)
+        self.version = 0
         self._on_device: Tensor | None = None  # the table there
         arena.users.add(self)
+
+    def __del__(self) -> None:
+        self.arena.release(self.table)  # pages go with who holds them
+
+    def __copy__(self) -> Sequences:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sequences:
+        made = memo[id(self)] = Sequences(copy.deepcopy(self.arena, memo), self.heads)
+        made.table, made.lengths = self.table.copy(), self.lengths.copy()
+        made.arena.hold(made.table)
+        return made
 
     @property
     def rows(self) -> int:
         """Batch rows."""
         return len(self.table)
+
+    @property
+    def pages(self) -> int:
+        """Pages that these sequences hold, one that several share counted for each."""
+        return int((self.table >= 0).sum())
 
     def begin(self, rows: int) -> None:
         """Empty sequences for so many rows."""
@@ -127,99 +212,127 @@ class Sequences:
         self.lengths = np.zeros((rows, self.heads), dtype=np.int64)
 
     def clear(self) -> None:
-        """Forgets all tokens."""
+        """Forgets all tokens and rows; the memory is given back if no others hold pages of the arena."""
         self.arena.release(self.table)
         self.table = np.full((0, self.heads, 0), NONE, dtype=np.int32)
         self.lengths = np.zeros((0, self.heads), dtype=np.int64)
+        self.changed()
+        self.arena.empty()
+
+    def moved(self, where: Pages) -> None:
+        """See `Holder`."""
+        self.table = after_move(self.table, where)
+        self.changed()
+
+    def changed(self) -> None:
+        """The table is another one."""
         self._on_device = None
+        self.version += 1
 
     # ---- pages ------------------------------------------------------------------------------------------------------
 
     @property
     def _alone(self) -> bool:
-        """Whether every page is in one sequence of these at most, so that pages may be moved."""
-        return len(self.arena.users) == 1 and not self.shared
+        """Whether every page that is held is in one sequence of these, so that they may lie one after another."""
+        return not self.shared and self.arena.held == self.pages
 
-    def _pages_of(self, lengths: np.ndarray) -> np.ndarray:
+    def pages_of(self, lengths: np.ndarray) -> np.ndarray:
+        """How many pages so many tokens take."""
         return -(-lengths // self.arena.page)
+
+    def _spare(self) -> np.ndarray:
+        """(b, heads, pages): which places of the table are behind the last token."""
+        return np.arange(self.table.shape[2]) >= self.pages_of(self.lengths)[..., None]
 
     def reserve(self, lengths: np.ndarray, groups: Sequence[Sequence[int]]) -> None:
         """Pages for so many tokens (b, heads). Heads of a group lie one after another if no page is shared."""
-        need = self._pages_of(lengths)
+        need = self.pages_of(lengths)
         have = (self.table >= 0).sum(-1)
         if (need <= have).all():
             return
-        self._widen(int(need.max()))
-        if self._alone:
+        if self.arena.packed and self._alone:
             spare = np.where(self.lengths > 0, np.maximum(-(-need // SPARE) - 1, 0), 0)
-            wide = np.where(need > have, need + spare, have)
-            self._arrange(wide, groups)
+            self._arrange(np.where(need > have, need + spare, have), groups)
         else:
-            missing = np.argwhere(np.arange(self.table.shape[2]) < need[..., None])
-            missing = missing[self.table[tuple(missing.T)] == NONE]
-            self.table[tuple(missing.T)] = self.arena.take(len(missing))
-        self._on_device = None
+            self.reserve_anywhere(need)
 
-    def _widen(self, pages: int) -> None:
+    def reserve_anywhere(self, need: np.ndarray) -> None:
+        """Pages (b, heads) wherever they are."""
+        self.widen(int(need.max(initial=0)))
+        missing = (np.arange(self.table.shape[2]) < need[..., None]) & (self.table == NONE)
+        if missing.any():
+            self.table[missing] = self.arena.take(int(missing.sum()))
+            self.changed()
+
+    def widen(self, pages: int) -> None:
+        """A table of so many pages at least."""
         more = pages - self.table.shape[2]
         if more > 0:
             self.table = np.pad(self.table, ((0, 0), (0, 0), (0, more)), constant_values=NONE)
+            self.changed()
 
     def _arrange(self, wide: np.ndarray, groups: Sequence[Sequence[int]]) -> None:
-        """Pools with just so many pages (b, heads) for each sequence, group by group."""
-        self._widen(int(wide.max(initial=0)))
+        """Pools with just so many pages (b, heads) for each sequence, group by group, and those of others."""
+        self.widen(int(wide.max(initial=0)))
         exists = np.arange(self.table.shape[2]) < wide[..., None]
         order = np.argsort([head for group in groups for head in group])
-        flat, where = [], []
-        for group in groups:
-            part = self.table[:, list(group)]
-            flat.append(part[exists[:, list(group)]])
-            where.append(len(flat[-1]))
-        moved = np.split(self.arena.arrange(np.concatenate(flat)), np.cumsum(where)[:-1])
+        flat = [self.table[:, list(group)][exists[:, list(group)]] for group in groups]
+        found = np.split(self.arena.arrange(np.concatenate(flat)), np.cumsum([len(part) for part in flat])[:-1])
         tables = []
-        for group, pages in zip(groups, moved, strict=True):
-            part = np.full_like(self.table[:, list(group)], NONE)
+        for group, pages in zip(groups, found, strict=True):
+            part = np.full((self.rows, len(group), self.table.shape[2]), NONE, dtype=np.int32)
             part[exists[:, list(group)]] = pages
             tables.append(part)
         self.table = np.concatenate(tables, 1)[:, order]
-        self._on_device = None
+        self.changed()
 
-    def trim(self, groups: Sequence[Sequence[int]]) -> None:
-        """Gives pages back that hold nothing, and their memory if they are an eighth of it or more."""
-        need = self._pages_of(self.lengths)
-        spare = np.arange(self.table.shape[2]) >= need[..., None]
-        self.arena.release(np.where(spare, self.table, NONE))
-        self.table[spare] = NONE
-        self.table = self.table[:, :, : int(need.max(initial=0))]
-        self._on_device = None
-        free = int((self.arena.refs == 0).sum())
-        if free and free * 8 >= len(self.arena.refs) and self._alone:
-            self._arrange(need, groups)
+    def let_go(self) -> None:
+        """Gives pages behind the last tokens back."""
+        spare = self._spare()
+        if spare.any():
+            self.arena.release(self.table[spare])
+            self.table[spare] = NONE
+            self.table = self.table[:, :, : int(self.pages_of(self.lengths).max(initial=0))]
+            self.changed()
+
+    def trim(self, groups: Sequence[Sequence[int]] | None = None) -> None:
+        """Gives pages back that hold nothing, and their memory if they are a LOOSE-th of all or more.
+
+        groups: heads that are to lie one after another; by default all.
+        """
+        self.let_go()
+        free = len(self.arena.refs) - self.arena.held
+        if free and free * LOOSE >= len(self.arena.refs) and self.arena.movable:
+            self._arrange(self.pages_of(self.lengths), groups or [range(self.heads)])
 
     # ---- reading and writing ----------------------------------------------------------------------------------------
 
     def _flat(self, heads: Sequence[int], slots: np.ndarray) -> np.ndarray:
-        """Where slots (b, len(heads), c) are in a pool seen as tokens."""
+        """Where slots (b, len(heads), c) are in a pool seen as tokens; anything below 0 where there is no page."""
         page = self.arena.page
         pages = np.take_along_axis(self.table[:, list(heads)], slots // page, -1)
         return pages.astype(np.int64) * page + slots % page
 
     def _own(self, heads: Sequence[int], slots: np.ndarray, there: np.ndarray) -> None:
-        """Copies pages that are to be written and that others hold too."""
-        table = self.table[:, list(heads)]
+        """Copies pages that are to be written and that others hold too; the last who holds a page keeps it."""
         pages = slots // self.arena.page
-        shared = (np.take_along_axis(self.arena.refs[table], pages, -1) > 1) & there
+        held = np.take_along_axis(self.table[:, list(heads)], pages, -1)
+        shared = there & (self.arena.refs[np.maximum(held, 0)] > 1)
         if not shared.any():
             return
-        places = np.unique(np.stack([*np.nonzero(shared)[:2], pages[shared]], 1), axis=0)
-        for row, head, page in places:  # one by one: the last holder of a page keeps it
-            old = self.table[row, list(heads)[head], page]
-            if self.arena.refs[old] > 1:
-                new = self.arena.take(1)
-                self.arena.copy(np.array([old]), new)
-                self.arena.refs[old] -= 1
-                self.table[row, list(heads)[head], page] = new[0]
-        self._on_device = None
+        row, head, page = np.unique(np.stack([*np.nonzero(shared)[:2], pages[shared]]), axis=1)
+        head = np.asarray(heads)[head]
+        old = self.table[row, head, page]
+        order = np.argsort(old, kind="stable")
+        _, first, count = np.unique(old[order], return_index=True, return_counts=True)
+        rank = np.empty(len(old), dtype=np.int64)  # of several that write the same page
+        rank[order] = np.arange(len(old)) - np.repeat(first, count)
+        copied = rank < self.arena.refs[old] - 1
+        new = self.arena.take(int(copied.sum()))
+        self.arena.copy(old[copied], new)
+        self.arena.release(old[copied])
+        self.table[row[copied], head[copied], page[copied]] = new
+        self.changed()
 
     def write(self, heads: Sequence[int], slots: np.ndarray, parts: Mapping[str, Tensor], there: np.ndarray | None = None) -> None:
         """Writes tokens (b, len(heads), c, ...) into slots (b, len(heads), c), for which pages are reserved.
@@ -229,17 +342,17 @@ class Sequences:
         self.arena.prepare(parts)
         if there is None:
             there = np.ones(slots.shape, dtype=bool)
-        elif not there.any():
+        if not there.any():
             return
         slots = np.where(there, slots, 0)
         if self.shared:
             self._own(heads, slots, there)
         flat = self._flat(heads, slots)
-        chosen = None if there.all() else _index(np.flatnonzero(there), next(iter(self.arena.pools.values())))
+        chosen = None if there.all() else index_of(np.flatnonzero(there), next(iter(self.arena.pools.values())))
         for name, part in parts.items():
             pool = self.arena.pools[name]
             tokens = part.expand(*slots.shape, *part.shape[3:]).reshape(slots.size, *part.shape[3:])
-            at = _index(flat.reshape(-1), pool)
+            at = index_of(flat.reshape(-1), pool)
             if chosen is not None:
                 tokens, at = tokens[chosen], at[chosen]
             pool.view(-1, *pool.shape[2:])[at] = tokens.to(pool.dtype)
@@ -263,66 +376,70 @@ class Sequences:
     def keep(self, heads: Sequence[int], slots: Tensor, counts: np.ndarray, groups: Sequence[Sequence[int]]) -> None:
         """Keeps, of each sequence, the tokens in the first `counts` (b, len(heads)) of slots (b, len(heads), m), in that order."""
         most = int(counts.max(initial=0))
-        kept = {name: self._gather(name, heads, slots[..., :most].cpu().numpy()) for name in self.arena.pools}
-        self.lengths[:, list(heads)] = 0
         steps = np.arange(most)
-        there = np.broadcast_to(steps < counts[..., None], (*counts.shape, most))
-        if most:
-            self.write(heads, np.broadcast_to(steps, there.shape), kept, there)
+        wanted = np.where(steps < counts[..., None], slots[..., :most].cpu().numpy(), steps)
+        other = wanted != steps  # what stays where it is is not written, so that a page shared with others stays so
+        if other.any():
+            kept = {name: self.gather(name, heads, np.where(other, wanted, 0)) for name in self.arena.pools}
+            self.write(heads, np.broadcast_to(steps, other.shape), kept, other)
         self.lengths[:, list(heads)] = counts
         self.trim(groups)
 
     def drop(self, heads: Sequence[int], slots: np.ndarray) -> None:
-        """Forgets one token of each sequence, in slots (b, len(heads)); the last token takes its slot."""
-        last = self.lengths[:, list(heads)] - 1
-        moved = {name: self._gather(name, heads, last[..., None]) for name in self.arena.pools}
-        self.write(heads, slots[..., None], moved)
+        """Forgets one token of each sequence that has any, in slots (b, len(heads)); the last token takes its slot."""
+        own = self.lengths[:, list(heads)]
+        last = np.maximum(own - 1, 0)
+        there = (own > 0) & (slots != last)
+        if there.any():
+            moved = {name: self.gather(name, heads, np.where(there, last, 0)[..., None]) for name in self.arena.pools}
+            self.write(heads, slots[..., None], moved, there[..., None])
         self.lengths[:, list(heads)] = last
+
+    def shift(self, heads: Sequence[int], pages: np.ndarray) -> None:
+        """Forgets the first pages (b, len(heads)) of each sequence, which are full."""
+        own, wide = list(heads), self.table.shape[2]
+        table, places = self.table[:, own], np.arange(wide) + pages[..., None]
+        self.arena.release(np.where(np.arange(wide) < pages[..., None], table, NONE))
+        self.table[:, own] = np.where(places < wide, np.take_along_axis(table, np.minimum(places, wide - 1), -1), NONE)
+        self.lengths[:, own] -= pages * self.arena.page
+        self._on_device = None
 
     def crop(self, heads: Sequence[int], tokens: int) -> None:
         """Forgets the last tokens of each sequence."""
         own = list(heads)
         self.lengths[:, own] = np.maximum(self.lengths[:, own] - tokens, 0)
 
-    def _gather(self, name: str, heads: Sequence[int], slots: np.ndarray) -> Tensor:
+    def gather(self, name: str, heads: Sequence[int], slots: np.ndarray) -> Tensor:
+        """(b, len(heads), c, ...): a copy of one part of the tokens in slots (b, len(heads), c)."""
         pool = self.arena.pools[name]
         tokens = pool.view(-1, *pool.shape[2:])
         flat = np.maximum(self._flat(heads, slots), 0)
-        return tokens[_index(flat.reshape(-1), pool)].view(*slots.shape, *pool.shape[2:])
+        return tokens[index_of(flat.reshape(-1), pool)].view(*slots.shape, *pool.shape[2:])
 
     def taken(self, heads: Sequence[int], slots: np.ndarray) -> Parts:
         """What is in slots (b, len(heads), c), of all parts; of slots that are not there, anything."""
         pages = self.table.shape[2] * self.arena.page
-        return {name: self._gather(name, heads, np.minimum(slots, pages - 1)) for name in self.arena.pools}
+        return {name: self.gather(name, heads, np.minimum(slots, pages - 1)) for name in self.arena.pools}
 
     def longest(self, heads: Sequence[int]) -> int:
         """Tokens of the longest of these sequences."""
         return int(self.lengths[:, list(heads)].max(initial=0))
 
     def read(self, name: str, heads: Sequence[int]) -> Tensor:
-        """(b, len(heads), longest, ...) of one part: the pool itself where the sequences lie in it one after another, else a
-        copy. What is behind a sequence's end means nothing."""
-        pool, length, table = self.arena.pools[name], self.longest(heads), self.table[:, list(heads)]
+        """(b, len(heads), longest, ...) of one part: the pool itself where pages of rows and heads follow each other evenly, or
+        are the same; else a copy. What is behind a sequence's end means nothing. Not to be written."""
+        pool, length = self.arena.pools[name], self.longest(heads)
         pages = -(-length // self.arena.page)
-        start, wide = self._regular(table, pages)
-        if start is not None:
-            count = table.shape[0] * table.shape[1]
-            block = pool[start : start + count * wide] if count else pool[:0]
-            return block.view(*table.shape[:2], wide * self.arena.page, *pool.shape[2:])[:, :, :length]
-        found = pool[_index(np.maximum(table[..., :pages], 0).reshape(-1), pool)]
+        table = self.table[:, list(heads), :pages]
+        shape = (*table.shape[:2], length, *pool.shape[2:])
+        if not length:
+            return pool.new_zeros(shape)
+        places = even(table)
+        if places is not None:
+            start, row, head = (distance * pool.stride(0) for distance in places)
+            return pool.as_strided(shape, (row, head, *pool.stride()[1:]), pool.storage_offset() + start)
+        found = pool[index_of(np.maximum(table, 0).reshape(-1), pool)]
         return found.view(*table.shape[:2], pages * self.arena.page, *pool.shape[2:])[:, :, :length]
-
-    def _regular(self, table: np.ndarray, pages: int) -> tuple[int | None, int]:
-        """First page and distance, if sequences (b, heads, pages) lie one after another."""
-        if not table.size or (table[..., :pages] < 0).any():
-            return None, 0
-        flat = table.reshape(-1, table.shape[2])
-        start = int(flat[0, 0])
-        wide = int(flat[1, 0]) - start if len(flat) > 1 else pages
-        if wide < pages or start + wide * len(flat) > len(self.arena.refs):
-            return None, 0
-        wanted = start + np.arange(len(flat))[:, None] * wide + np.arange(pages)
-        return (start, wide) if (flat[:, :pages] == wanted).all() else (None, 0)
 
     def there(self, heads: Sequence[int], device: torch.device) -> Tensor | None:
         """(b, len(heads), longest): which slots hold something; None if all do."""
@@ -343,17 +460,23 @@ class Sequences:
 
     def select(self, rows: Sequence[int]) -> None:
         """These rows, in this order, any of them more than once: they share pages until they write."""
-        table = self.table[list(rows)]
+        table, lengths = self._of(list(rows))
         self.arena.hold(table)
         self.arena.release(self.table)
-        self.table, self.lengths = table, self.lengths[list(rows)]
-        self._on_device = None
+        self.table, self.lengths = table, lengths
+        self.changed()
+
+    def _of(self, rows: list[int], again: bool = False) -> tuple[Pages, np.ndarray]:
+        """Table and lengths of some rows. Pages behind the last token are only in a row's first one, or if `again` in none."""
+        table = self.table[rows]
+        repeated = np.array([again or row in rows[:i] for i, row in enumerate(rows)], dtype=bool)
+        table[repeated] = np.where(self._spare()[rows], NONE, table)[repeated]
+        return table, self.lengths[rows]
 
     def fork(self, rows: Sequence[int] | None = None) -> Sequences:
         """The same tokens of these rows (by default all) once more, in the same pages."""
         made = Sequences(self.arena, self.heads)
-        chosen = list(range(self.rows) if rows is None else rows)
-        made.table, made.lengths = self.table[chosen].copy(), self.lengths[chosen].copy()
+        made.table, made.lengths = self._of(list(range(self.rows) if rows is None else rows), again=True)
         self.arena.hold(made.table)
         return made
 

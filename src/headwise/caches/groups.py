@@ -78,6 +78,11 @@ class Group:
         self.undo: Callable[[], None] | None = None  # takes the last call back, if that can be done
         self.pads = np.zeros(0, dtype=np.int64)
 
+    @property
+    def segments(self) -> list[tuple[Sequences, Codec]]:
+        """All sequences of this group, and what their tokens are kept as."""
+        return [(self.sequences, self.codec)]
+
     croppable = True
     in_place = True  # whether a single new token may read what is in the pages, all of it, as it is
 
@@ -97,7 +102,7 @@ class Group:
         if not read:
             return None
         ordered = not self.pads.any()
-        held_k, held_v, number = self._read(k.device)
+        held_k, held_v, number = self._read(k)
         return View(self.heads, None, held_k, held_v, number[0, :1] if ordered else number[:, 0], ordered=ordered, exact=False)
 
     def settle(self, read: Callable[[], Seen]) -> None:
@@ -118,22 +123,26 @@ class Group:
             self.sequences.append(self.places, parts, self.layout)
             return
         counts = np.maximum(c - skip, 0)
-        index = torch.from_numpy(np.minimum(np.arange(c) + skip[:, None], c - 1)).to(parts["number"].device)
+        index = torch.from_numpy(np.minimum(np.arange(c) + skip[:, None], c - 1))
         shifted = {
-            name: part.gather(2, index.view(len(index), 1, c, *[1] * (part.dim() - 3)).expand(part.shape))
+            name: part.gather(2, index.view(len(index), 1, c, *[1] * (part.dim() - 3)).expand(part.shape).to(part.device))
             for name, part in parts.items()
         }
         each = np.broadcast_to(counts[:, None], (len(counts), len(self.places)))
         self.sequences.append(self.places, shifted, self.layout, each)
 
-    def _read(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and numbers (b, heads, slots) of what is held; -1 where there is nothing."""
-        parts = {name: self.sequences.read(name, self.places) for name in self.sequences.arena.pools}
-        number = parts.pop("number").to(device).long()
-        there = self.sequences.there(self.places, device)
+    def _read(self, like: Tensor, sequences: Sequences | None = None, codec: Codec | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and numbers (b, heads, slots) of what is held, where new keys `like` these are; -1 where there is nothing.
+
+        sequences, codec: one of `segments`, by default the first.
+        """
+        held = sequences or self.sequences
+        parts = {name: held.read(name, self.places).to(like.device) for name in held.arena.pools if not name.startswith("carried.")}
+        number = parts.pop("number").long()
+        there = held.there(self.places, like.device)
         if there is not None:
             number = torch.where(there, number, -1)
-        return *self.codec.decode(parts), number
+        return *(codec or self.codec).decode(parts, like.dtype), number
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens`."""
@@ -164,11 +173,11 @@ class Ring(Group):
             self._write(parts, seen)
             if not read:
                 return None
-            held_k, held_v, number = self._read(k.device)
+            held_k, held_v, number = self._read(k)
             same = not self.pads.any()
             return View(self.heads, self.keep, held_k, held_v, number[0, :1] if same else number[:, 0], ordered=False, exact=same)
         if self.sequences.longest(self.places):
-            held_k, held_v, held = self._read(k.device)
+            held_k, held_v, held = self._read(k)
             number = torch.cat([held[:, 0], new.expand(len(held), -1)], 1)
             if not self.pads.any():
                 number = number[:1]
@@ -192,8 +201,8 @@ class Ring(Group):
         lengths[:, list(self.places)] = np.minimum(np.maximum(last, 0), sink + recent)
         columns = np.flatnonzero(kept.any(0))
         if len(columns) < count:
-            chosen = torch.from_numpy(columns).to(parts["number"].device)
-            parts = {name: part.index_select(2, chosen) for name, part in parts.items()}
+            chosen = torch.from_numpy(columns)
+            parts = {name: part.index_select(2, chosen.to(part.device)) for name, part in parts.items()}
         shape = (len(kept), len(self.places), len(columns))
         slots, kept = (np.broadcast_to(x[:, None, columns], shape) for x in (np.maximum(slots, 0), kept))
         self.sequences.arena.prepare(parts)
@@ -246,7 +255,7 @@ class Evicting(Group):
             if not (read or self.rule.every):
                 self.since += 1
                 return None
-            k, v, number = self._read(k.device)
+            k, v, number = self._read(k)
             if self.rule.every:
                 kept = {name: self._carried(name) for name in self.rule.carries}
                 self._call = parts, k, v, number, kept, seen, False
@@ -260,7 +269,7 @@ class Evicting(Group):
             view = View(self.heads, None, k, v, new[None], ordered=seen == 0, exact=False)
         else:
             self.undo = None
-            held_k, held_v, held = self._read(k.device)
+            held_k, held_v, held = self._read(k)
             number = torch.cat([held, new.expand(*held.shape[:2], -1)], 2)
             carried = {name: torch.cat([self._carried(name), value], 2) for name, value in carried.items()}
             k, v = torch.cat([held_k, k], 2), torch.cat([held_v, v], 2)

@@ -35,10 +35,18 @@ class Rotary(Protocol):
 class Rule(Stage):
     """How some heads keep keys and values in generation. Heads that share a key/value head must have the same rule.
 
-    turns: whether it needs the model's rotary positions.
+    turns: whether it needs the model's rotary positions. alone: whether its heads can have no other rule. masked: whether they
+    can have a mask.
     """
 
     turns: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+    masked: ClassVar[bool] = True
+
+    @property
+    def segments(self) -> tuple[Codec, ...]:
+        """What tokens are kept as, one sequence of pages for each."""
+        return (PLAIN,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +138,7 @@ class Evict(Rule, ABC):
     """
 
     per_head: ClassVar[tuple[str, ...]] = ("budget",)
+    masked: ClassVar[bool] = False
     every: ClassVar[bool] = False
     carries: ClassVar[tuple[str, ...]] = ()  # names of numbers kept beside each token, float32
     budget: Budget
@@ -165,15 +174,24 @@ class Evict(Rule, ABC):
 
 
 class Codec(Rule, ABC):
-    """What a head's keys and values are kept as. Each token is encoded alone, so that it can be evicted alone."""
+    """What a head's keys and values are kept as. Each token is encoded alone, so that it can be evicted alone.
+
+    offloads: whether its parts lie in the host's memory; they are brought to the device before they are decoded.
+    """
+
+    offloads: ClassVar[bool] = False
+
+    @property
+    def segments(self) -> tuple[Codec, ...]:
+        return (self,)
 
     @abstractmethod
     def encode(self, k: Tensor, v: Tensor) -> Parts:
         """(b, heads, c, d) each -> parts (b, heads, c, ...)."""
 
     @abstractmethod
-    def decode(self, parts: Parts) -> tuple[Tensor, Tensor]:
-        """Back again, as near as it gets."""
+    def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Back again, as near as it gets, in the dtype of the keys that come."""
 
 
 class Plain(Codec):
@@ -182,7 +200,7 @@ class Plain(Codec):
     def encode(self, k: Tensor, v: Tensor) -> Parts:
         return {"k": k, "v": v}
 
-    def decode(self, parts: Parts) -> tuple[Tensor, Tensor]:
+    def decode(self, parts: Parts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return parts["k"], parts["v"]
 
 

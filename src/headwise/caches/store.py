@@ -19,6 +19,8 @@ from ..errors import PlanError
 from .arena import Arena, Sequences
 from .groups import Evicting, Group, Keep, Ring, View
 from .rule import PLAIN, Codec, Evict, Rotary, Rule, Seen
+from .rules.staircase import Staircase
+from .staircase import Stairs
 
 
 class LayerStore:
@@ -39,26 +41,20 @@ class LayerStore:
         for head, keep in enumerate(keeps):
             asked.setdefault((keep, *(id(rule) for rule, _ in which[head])), []).append(head)
         self.groups: list[Group] = []
-        self.sequences: dict[int, Sequences] = {}
-        codecs: dict[int, tuple[Codec, list[tuple[int, ...]]]] = {}
+        self.sequences: list[Sequences] = []
+        alike: dict[int, tuple[Rule, list[tuple[int, ...]]]] = {}  # groups whose tokens are kept as the same rule says
         for heads in asked.values():
-            codec = next((rule for rule, _ in which[heads[0]] if isinstance(rule, Codec)), PLAIN)
-            codecs.setdefault(id(codec), (codec, []))[1].append(tuple(heads))
-        for number, (codec, groups) in codecs.items():
+            kept_as = next((rule for rule, _ in which[heads[0]] if not isinstance(rule, Evict)), PLAIN)
+            alike.setdefault(id(kept_as), (kept_as, []))[1].append(tuple(heads))
+        for kept_as, groups in alike.values():
             heads_here = sorted(head for heads in groups for head in heads)
-            sequences = self.sequences[number] = Sequences(Arena(), len(heads_here))
+            segments = [Sequences(Arena(), len(heads_here)) for _ in kept_as.segments]
+            self.sequences.extend(segments)
             layout = [[heads_here.index(head) for head in heads] for heads in groups]
             for own, places in zip(groups, layout, strict=True):
                 asked_of = {type(rule): [among.index(head) for head in own] for rule, among in which[own[0]]}
                 evict = next((rule.select(asked_of[type(rule)]) for rule, _ in which[own[0]] if isinstance(rule, Evict)), None)
-                codec = codec.select(asked_of.get(type(codec), []))
-                keep = self.keeps[own[0]]
-                if evict is not None:
-                    group: Group = Evicting(own, sequences, places, codec, evict, layer)
-                elif keep is not None:
-                    group = Ring(own, sequences, places, codec, keep)
-                else:
-                    group = Group(own, sequences, places, codec)
+                group = _group(own, segments, places, kept_as.select(asked_of.get(type(kept_as), [])), evict, keeps[own[0]], layer)
                 group.layout = layout
                 self.groups.append(group)
         self.seen = 0
@@ -75,7 +71,7 @@ class LayerStore:
         """
         if not self.seen:
             self.pads = list(pads) if pads is not None else [0] * k.shape[0]
-            for sequences in self.sequences.values():
+            for sequences in self.sequences:
                 sequences.begin(k.shape[0])
             for group in self.groups:
                 group.pads = np.array(self.pads, dtype=np.int64)
@@ -94,13 +90,13 @@ class LayerStore:
         """Whether a single new token may read all that is held where it is; on a CPU that pays where lengths differ."""
         if len(self.sequences) != 1 or not all(group.in_place and group.codec is PLAIN for group in self.groups):
             return False
-        (sequences,) = self.sequences.values()
+        (sequences,) = self.sequences
         pools = sequences.arena.pools
-        return bool(pools) and (pools["k"].is_cuda or any(isinstance(group, Evicting) for group in self.groups))
+        return bool(pools) and (pools["k"].is_cuda or [type(group) for group in self.groups] != [Group])
 
     def attend(self, q: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         """(b, h, 1, dv): the newest token's queries q (b, h, 1, d) read all that each head holds, however much that is, at once."""
-        (sequences,) = self.sequences.values()
+        (sequences,) = self.sequences
         arena, heads = sequences.arena, len(self.keeps)
         if self._schedule is None or self._schedule.stale(sequences.lengths):
             self._schedule = Schedule.of(sequences.lengths, heads, page=arena.page, device=q.device)
@@ -138,17 +134,27 @@ class LayerStore:
             else:
                 group.undo()
         if seen == 0:
-            for sequences in self.sequences.values():
+            for sequences in self.sequences:
                 sequences.clear()
 
     def bytes(self) -> int:
-        """Bytes allocated for this layer."""
-        return sum(sequences.arena.nbytes for sequences in self.sequences.values())
+        """Bytes allocated for this layer where the model computes."""
+        return sum(sequences.arena.nbytes for sequences in self.sequences) - self.host_bytes()
+
+    def host_bytes(self) -> int:
+        """Bytes allocated for this layer in the host's memory, for what codecs offload."""
+        away = {id(s): s.arena for group in self.groups for s, codec in group.segments if codec.offloads}
+        return sum(
+            pool.untyped_storage().nbytes()
+            for arena in away.values()
+            for name, pool in arena.pools.items()
+            if name != "number" and not name.startswith("carried.")
+        )
 
     def select(self, rows: Tensor) -> None:
         """Keeps these batch rows, in this order (beam search, dropping finished rows). A row named twice is held once."""
         chosen = rows.tolist()
-        for sequences in self.sequences.values():
+        for sequences in self.sequences:
             if sequences.rows:
                 sequences.select(chosen)
         for group in self.groups:
@@ -161,11 +167,14 @@ class LayerStore:
         """By row and key/value head: the numbers of the tokens that are held, sorted."""
         found: list[list[list[int]]] = [[[] for _ in self.keeps] for _ in self.pads]
         for group in self.groups:
-            number = group.sequences.read("number", group.places).tolist()
-            for row, heads in enumerate(number):
-                for place, head in enumerate(group.heads):
-                    length = int(group.sequences.lengths[row, group.places[place]])
-                    found[row][head] = sorted(heads[place][:length])
+            for sequences, _ in group.segments:
+                if not sequences.longest(group.places):
+                    continue
+                number = sequences.read("number", group.places).tolist()
+                for row, heads in enumerate(number):
+                    for place, head in enumerate(group.heads):
+                        length = int(sequences.lengths[row, group.places[place]])
+                        found[row][head] = sorted(found[row][head] + heads[place][:length])
         return found
 
     @property
@@ -188,3 +197,18 @@ class LayerStore:
         for group in self.groups:
             group.crop(tokens)
         self.seen -= tokens
+
+
+def _group(
+    heads: tuple[int, ...], segments: Sequence[Sequences], places: Sequence[int], kept_as: Rule, evict: Evict | None,
+    keep: Keep | None, layer: tuple[int, int],
+) -> Group:  # fmt: skip
+    """Heads that keep alike."""
+    if isinstance(kept_as, Staircase):
+        return Stairs(heads, segments, places, kept_as.codecs, kept_as.ages)
+    assert isinstance(kept_as, Codec)
+    if evict is not None:
+        return Evicting(heads, segments[0], places, kept_as, evict, layer)
+    if keep is not None:
+        return Ring(heads, segments[0], places, kept_as, keep)
+    return Group(heads, segments[0], places, kept_as)

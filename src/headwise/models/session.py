@@ -169,7 +169,7 @@ class Session:
                 raise PlanError(
                     "a plan with masks cannot run on a StaticCache, whose slots have no order; use generate's default cache"
                 )
-            wanted = self._make_cache() if self._may_replace(cache, given) else None
+            wanted = self.new_cache() if self._may_replace(cache, given) else None
             if wanted is not None and isinstance(cache, EncoderDecoderCache):
                 cache.self_attention_cache = wanted
             elif wanted is not None:
@@ -231,7 +231,7 @@ class Session:
             use = getattr(config.get_text_config(decoder=True), "use_cache", False)
         return bool(use) and self._cache_argument is not None and not self.model.training and not self.layout.encoder_decoder
 
-    def _make_cache(self) -> HeadCache | None:
+    def new_cache(self) -> HeadCache | None:
         """A cache for the plans in force; None if every head keeps everything anyway."""
         if any(site.latent for site in self.layout.main.sites):
             warnings.warn(

@@ -68,6 +68,14 @@ def plot_memory(comparison: Comparison, file: str | Path) -> Path:
 
 
 def _saved(draw: Any, comparison: Comparison, file: Path) -> Path:
+    return saved(draw, _title(comparison), file)
+
+
+def saved(draw: Any, title: str, file: Path) -> Path:
+    """Writes what `draw` makes of matplotlib's figures as an SVG that is the same bytes every time.
+
+    Raises: InputError without matplotlib, with how to install it.
+    """
     try:
         matplotlib = importlib.import_module("matplotlib")
         figures = importlib.import_module("matplotlib.figure")
@@ -75,9 +83,9 @@ def _saved(draw: Any, comparison: Comparison, file: Path) -> Path:
         raise InputError("pictures need matplotlib; install it with: pip install 'headwise[plots]'") from error
     with matplotlib.rc_context(STYLE):
         figure = draw(figures)
-        figure.suptitle(_plain(_title(comparison)), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=11)
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": "headwise", "Title": _title(comparison)})
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": "headwise", "Title": title})
     return file
 
 

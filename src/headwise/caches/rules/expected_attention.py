@@ -52,8 +52,8 @@ class ExpectedAttention(Evict):
         logits = torch.einsum("bgrd,bgmd->bgrm", seen.by_group(mean), k) * seen.scale
         if self.covariance:
             quadratic = torch.einsum("bgmd,bgrde,bgme->bgrm", k, seen.by_group(spread), k)
-            logits = logits + quadratic * (seen.scale**2)
-        weights = logits.masked_fill(~behind[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(2)
+            logits = logits + quadratic * (0.5 * seen.scale**2)
+        weights = logits.masked_fill(~behind[:, :, None], -torch.inf).softmax(-1).mean(2)
         if self.values:
             weights = (weights + self.epsilon) * seen.v.to(wide).norm(dim=-1)
         return weights.masked_fill(~behind, torch.inf)

@@ -5,29 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...card import Card
 from ..rule import Budget, Evict, Seen
+from ._votes import check, newest, votes
 
 CARD = Card(
     paper="SnapKV: LLM Knows What You are Looking for Before Generation",
     year=2024,
     room="cache",
     source=(
-        "arXiv:2404.14469 and the authors' code: weights of the last `window` queries on earlier tokens, summed, pooled along the "
-        "tokens; the window itself is always kept and counts in the budget. The code repeats keys for every query head first; here "
-        "the mean over the query heads of a key/value head is taken after pooling"
+        "arXiv:2404.14469, sec. 4, and the authors' code: weights of the last `window` queries on the tokens before them, summed "
+        "and pooled along the tokens; the window is always kept and counts in the budget. Window 32, kernel 7 and max pooling "
+        "are those of the experiments; the code's own defaults are 64 (or 32), 5 and mean. Mean pooling counts zeros beyond the "
+        "ends, as the code's does, which puts the first token at a disadvantage. The code repeats keys for every query head "
+        "first and so keeps them h times; here the mean over the query heads of a key/value head is taken after pooling, as in "
+        "kvpress. A budget smaller than the window, which the code refuses, keeps the last tokens"
     ),
 )
 
 
 @dataclass(frozen=True, eq=False)
 class SnapKv(Evict):
-    """After a prompt, keeps the window and the tokens that get most weight from it.
+    """After a prompt, keeps its last `window` tokens and those before them that get most weight from their queries.
 
-    budget: see `Evict`. window: queries that vote. kernel: odd width of the pooling, 1 for none. pooling: "max" or "mean".
+    budget: see `Evict`; the window is part of it. window: queries that vote. kernel: odd width of the pooling, 1 for none.
+    pooling: "max" or "mean".
     """
 
     budget: Budget
@@ -35,12 +39,13 @@ class SnapKv(Evict):
     kernel: int = 7
     pooling: str = "max"
 
+    def __post_init__(self) -> None:
+        check(type(self).__name__, self.window, self.kernel, self.pooling)
+
     def score(self, seen: Seen) -> Tensor:
         """(b, kv, m)."""
-        votes = seen.weights(self.window).sum(2)
-        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        pooled = pool(votes, self.kernel, 1, self.kernel // 2)
-        return seen.by_group(pooled).mean(2).masked_fill(seen.age < self.window, torch.inf)
+        worth = votes(seen, self.window, self.kernel, self.pooling)
+        return worth.masked_fill(newest(seen, self.window, self.tokens(seen)), torch.inf)
 
 
 def example(heads: int) -> SnapKv:
