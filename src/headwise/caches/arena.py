@@ -134,6 +134,17 @@ class Arena:
         """Whether all who hold pages can be told that they move."""
         return sum(int((user.table >= 0).sum()) for user in self.users) == int(self.refs.sum())
 
+    @property
+    def loose(self) -> bool:
+        """Whether so many pages are free that their memory should be given back, and can be."""
+        free = len(self.refs) - self.held
+        return free > 0 and free * LOOSE >= len(self.refs) and self.movable
+
+    def trim(self) -> None:
+        """Gives the memory of free pages back, if they are a LOOSE-th of all or more."""
+        if self.loose:
+            self.arrange(np.zeros(0, dtype=np.int32))
+
     def arrange(self, order: Pages) -> Pages:
         """Makes the pools anew: pages in the order given, NONE for an empty one held once, and behind them all others that are
         held. A page named again is where it was named first; pages that nobody holds are lost. Tells all users; returns where
@@ -301,8 +312,7 @@ class Sequences:
         groups: heads that are to lie one after another; by default all.
         """
         self.let_go()
-        free = len(self.arena.refs) - self.arena.held
-        if free and free * LOOSE >= len(self.arena.refs) and self.arena.movable:
+        if self.arena.loose:
             self._arrange(self.pages_of(self.lengths), groups or [range(self.heads)])
 
     # ---- reading and writing ----------------------------------------------------------------------------------------

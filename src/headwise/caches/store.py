@@ -18,6 +18,7 @@ from ..attention.stage import Stage
 from ..errors import PlanError
 from .arena import Arena, Sequences
 from .groups import Evicting, Group, Keep, Ring, View
+from .joining import join
 from .rule import PLAIN, Codec, Evict, Rotary, Rule, Seen
 from .rules.staircase import Staircase
 from .staircase import Stairs
@@ -41,7 +42,7 @@ class LayerStore:
         for head, keep in enumerate(keeps):
             asked.setdefault((keep, *(id(rule) for rule, _ in which[head])), []).append(head)
         self.groups: list[Group] = []
-        self.sequences: list[Sequences] = []
+        self.sequences: dict[int, Sequences] = {}
         alike: dict[int, tuple[Rule, list[tuple[int, ...]]]] = {}  # groups whose tokens are kept as the same rule says
         for heads in asked.values():
             kept_as = next((rule for rule, _ in which[heads[0]] if not isinstance(rule, Evict)), PLAIN)
@@ -49,7 +50,7 @@ class LayerStore:
         for kept_as, groups in alike.values():
             heads_here = sorted(head for heads in groups for head in heads)
             segments = [Sequences(Arena(), len(heads_here)) for _ in kept_as.segments]
-            self.sequences.extend(segments)
+            self.sequences |= {len(self.sequences) + i: own for i, own in enumerate(segments)}
             layout = [[heads_here.index(head) for head in heads] for heads in groups]
             for own, places in zip(groups, layout, strict=True):
                 asked_of = {type(rule): [among.index(head) for head in own] for rule, among in which[own[0]]}
@@ -71,7 +72,7 @@ class LayerStore:
         """
         if not self.seen:
             self.pads = list(pads) if pads is not None else [0] * k.shape[0]
-            for sequences in self.sequences:
+            for sequences in self.sequences.values():
                 sequences.begin(k.shape[0])
             for group in self.groups:
                 group.pads = np.array(self.pads, dtype=np.int64)
@@ -90,13 +91,13 @@ class LayerStore:
         """Whether a single new token may read all that is held where it is; on a CPU that pays where lengths differ."""
         if len(self.sequences) != 1 or not all(group.in_place and group.codec is PLAIN for group in self.groups):
             return False
-        (sequences,) = self.sequences
+        (sequences,) = self.sequences.values()
         pools = sequences.arena.pools
         return bool(pools) and (pools["k"].is_cuda or [type(group) for group in self.groups] != [Group])
 
     def attend(self, q: Tensor, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         """(b, h, 1, dv): the newest token's queries q (b, h, 1, d) read all that each head holds, however much that is, at once."""
-        (sequences,) = self.sequences
+        (sequences,) = self.sequences.values()
         arena, heads = sequences.arena, len(self.keeps)
         if self._schedule is None or self._schedule.stale(sequences.lengths):
             self._schedule = Schedule.of(sequences.lengths, heads, page=arena.page, device=q.device)
@@ -134,12 +135,12 @@ class LayerStore:
             else:
                 group.undo()
         if seen == 0:
-            for sequences in self.sequences:
+            for sequences in self.sequences.values():
                 sequences.clear()
 
     def bytes(self) -> int:
         """Bytes allocated for this layer where the model computes."""
-        return sum(sequences.arena.nbytes for sequences in self.sequences) - self.host_bytes()
+        return sum(sequences.arena.nbytes for sequences in self.sequences.values()) - self.host_bytes()
 
     def host_bytes(self) -> int:
         """Bytes allocated for this layer in the host's memory, for what codecs offload."""
@@ -154,7 +155,7 @@ class LayerStore:
     def select(self, rows: Tensor) -> None:
         """Keeps these batch rows, in this order (beam search, dropping finished rows). A row named twice is held once."""
         chosen = rows.tolist()
-        for sequences in self.sequences:
+        for sequences in self.sequences.values():
             if sequences.rows:
                 sequences.select(chosen)
         for group in self.groups:
@@ -162,6 +163,35 @@ class LayerStore:
                 group.select(chosen)
         if self.pads:
             self.pads = [self.pads[row] for row in chosen]
+
+    @property
+    def joinable(self) -> bool:
+        """Whether rows can be joined: if all heads keep everything, as it is."""
+        return all(type(group) is Group and group.codec is PLAIN for group in self.groups)
+
+    def join(self, before: int, counts: Sequence[int]) -> None:
+        """Makes one row of all: the first row's first `before` tokens, then each row's next ones, so many of each.
+
+        Raises: PlanError if some head does not keep everything.
+        """
+        if not self.joinable or any(self.pads):
+            raise PlanError("rows can be joined where every head keeps everything, and nothing is padded")
+        self.seen, self.pads = before + sum(counts), [0]
+        for key, sequences in self.sequences.items():
+            made = sequences.fork([0])
+            made.crop(range(made.heads), int(made.lengths.max()) - before - counts[0])
+            for row, count in enumerate(counts[1:], 1):
+                join(made, sequences, [row], before, before + count)
+            sequences.clear()
+            number = torch.arange(self.seen, dtype=torch.int32, device=made.arena.pools["number"].device)
+            slots = np.broadcast_to(np.arange(self.seen), (1, made.heads, self.seen))
+            made.write(range(made.heads), slots, {"number": number.expand(slots.shape)})
+            self.sequences[key] = made
+            for group in self.groups:
+                if group.sequences is sequences:
+                    group.sequences = made
+                    group.select([0])
+        self._schedule = None
 
     def held(self) -> list[list[list[int]]]:
         """By row and key/value head: the numbers of the tokens that are held, sorted."""

@@ -132,8 +132,12 @@ class HeadCache(Cache):
                 layer.pending = None
                 layer.store.rollback(seen)
 
+    def host_bytes(self) -> int:
+        """Bytes allocated in the host's memory, for heads that are offloaded."""
+        return sum(layer.store.host_bytes() for layer in self.layers if isinstance(layer, HeadCacheLayer))
+
     def bytes(self) -> int:
-        """Bytes really allocated for keys, values and their bookkeeping."""
+        """Bytes really allocated for keys, values and their bookkeeping, but for those in the host's memory."""
         return sum(layer.store.bytes() for layer in self.layers if isinstance(layer, HeadCacheLayer)) + sum(
             cache_bytes_of_layer(layer) for layer in self.layers if not isinstance(layer, HeadCacheLayer)
         )

@@ -122,13 +122,14 @@ def _check_rules(site: Site, program: Program) -> None:
     """Raises: PlanError if a head has two rules of a kind, or a mask that frees tokens beside a rule that evicts them."""
     for i, (heads, rule) in enumerate(program.rules):
         for others, other in program.rules[:i]:
-            if isinstance(rule, Evict) == isinstance(other, Evict) and set(heads) & set(others):
+            both_kinds = isinstance(rule, Evict) != isinstance(other, Evict) and not (rule.alone or other.alone)
+            if not both_kinds and set(heads) & set(others):
                 head = min(set(heads) & set(others))
                 raise PlanError(
                     f"key/value head {head} of layer {site.layer} has both {type(other).__name__} and {type(rule).__name__}; "
-                    "one rule that evicts and one that encodes are all that a head can have"
+                    "one rule that evicts and one codec are all that a head can have"
                 )
-        if isinstance(rule, Evict):
+        if not rule.masked:
             masked = {head // site.groups for group in program.groups if group.mask is not None for head in group.heads}
             if masked & set(heads):
                 raise PlanError(

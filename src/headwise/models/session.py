@@ -61,6 +61,7 @@ class Session:
         self._model = weakref.ref(model)
         self._entries: list[tuple[object, tuple[Entry, ...]]] = []
         self._taps: list[tuple[object, Tap]] = []
+        self._caches: list[object] = []  # one for each cache that is read by our attention although no plan asks for it
         self._programs: dict[tuple[str, int], Program] = {}
         self._rotary: dict[tuple[str, int], RotaryPositions | None] = {}
         self._sites: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
@@ -96,25 +97,33 @@ class Session:
             raise PlanError("the model of this session no longer exists")
         return model
 
-    def install(self, *, entries: Sequence[Entry] = (), tap: Tap | None = None) -> Callable[[], None]:
-        """Puts entries or a tap in force; returns what removes them (calling it again does nothing)."""
+    @property
+    def installed(self) -> int:
+        """How many things are in force."""
+        return len(self._entries) + len(self._taps) + len(self._caches)
+
+    def install(self, *, entries: Sequence[Entry] = (), tap: Tap | None = None, cache: bool = False) -> Callable[[], None]:
+        """Puts entries, a tap or the reading of a cache in force; returns what removes them (calling it again does nothing)."""
         token = object()
-        if not self._entries and not self._taps:
+        if not self.installed:
             self._take_over()
-        if tap is not None:
+        if cache:
+            self._caches.append(token)
+        elif tap is not None:
             self._taps.append((token, tap))
         else:
             self._entries.append((token, tuple(entries)))
             self._changed()
 
         def remove() -> None:
-            installed = len(self._entries) + len(self._taps)
+            installed = self.installed
             entries = [item for item in self._entries if item[0] is not token]
             if len(entries) != len(self._entries):
                 self._entries = entries
                 self._changed()
             self._taps = [item for item in self._taps if item[0] is not token]
-            if installed and not self._entries and not self._taps:
+            self._caches = [item for item in self._caches if item is not token]
+            if installed and not self.installed:
                 self._give_back()
 
         return remove
@@ -219,6 +228,11 @@ class Session:
 
     # ---- caches -----------------------------------------------------------------------------------------------------
 
+    @property
+    def version(self) -> int:
+        """Another number whenever other plans are in force."""
+        return self._version
+
     def _may_replace(self, cache: Any, given: dict[str, Any]) -> bool:
         """Whether a per-head cache may stand in: for an empty default cache, or for none where the model would make one."""
         if isinstance(cache, EncoderDecoderCache):
@@ -231,8 +245,8 @@ class Session:
             use = getattr(config.get_text_config(decoder=True), "use_cache", False)
         return bool(use) and self._cache_argument is not None and not self.model.training and not self.layout.encoder_decoder
 
-    def new_cache(self) -> HeadCache | None:
-        """A cache for the plans in force; None if every head keeps everything anyway."""
+    def new_cache(self, always: bool = False) -> HeadCache | None:
+        """A cache for the plans in force; None if every head keeps everything anyway, unless it is wanted `always`."""
         if any(site.latent for site in self.layout.main.sites):
             warnings.warn(
                 f"{type(self.model).__name__} caches one latent for all heads of a layer: "
@@ -263,7 +277,7 @@ class Session:
             rules = () if window is not None else program.rules  # a layer with a window of its own is bounded already
             freed |= bool(rules) or program.keeps(site, None) != [None] * site.key_value_heads
             layers.append(HeadCacheLayer(LayerStore(keeps, rules, (site.layer, len(sites))), window, check))
-        return HeadCache(layers=layers) if freed else None
+        return HeadCache(layers=layers) if freed or always else None
 
     def _store(self, site: Site, key: Tensor) -> tuple[LayerStore, Tensor, Tensor] | None:
         """The store that this call fills, and the new keys and values; None if the call has no per-head cache."""

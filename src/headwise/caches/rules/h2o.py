@@ -48,7 +48,8 @@ class H2o(Evict):
 
     def carry(self, seen: Seen) -> Parts:
         """mass: the weight that each token got from all queries so far, mean over the query heads of its key/value head."""
-        return {"mass": seen.carried["mass"] + seen.by_group(seen.received()).mean(2).float()}
+        new = seen.weights()[:, :, 0] if seen.q.shape[2] == 1 else seen.received()
+        return {"mass": seen.carried["mass"] + seen.by_group(new).mean(2).float()}
 
     def score(self, seen: Seen) -> Tensor:
         """(b, kv, m)."""

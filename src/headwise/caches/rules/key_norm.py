@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...card import Card
-from ..rule import Evict, Seen
+from ..rule import Budget, Evict, Seen
 
 CARD = Card(
     paper="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
@@ -27,8 +27,10 @@ class KeyNorm(Evict):
     """After a prompt, keeps the tokens with the smallest keys: those, sinks among them, tend to attract attention.
 
     budget: see `Evict`. Needs no queries. Of no use where a model normalizes its keys (query-key norm): all are about as long.
-    The paper leaves the first two layers whole: give them no rule.
+    The authors' examples leave the first two layers whole: give those no rule.
     """
+
+    budget: Budget
 
     def score(self, seen: Seen) -> Tensor:
         """(b, kv, m)."""

@@ -46,7 +46,7 @@ class PyramidKv(SnapKv):
         """(b, kv)."""
         tokens, there = self.tokens(seen), seen.there.sum(-1)
         mean = (tokens - self.window).clamp(min=0)
-        first = torch.minimum(2 * mean - mean // self.beta, there - self.window)
+        first = torch.minimum(2 * mean - mean // self.beta, (there - self.window).clamp(min=0))
         fall, steps = 2 * (first - mean), max(seen.layers - 1, 1)
         layer = min(seen.layer, steps - seen.layer)  # counted from the nearer end
         down = (2 * layer * fall + steps) // (2 * steps)  # rounded

@@ -56,13 +56,14 @@ class TaskKv(Evict):
     def score(self, seen: Seen) -> Tensor:
         """(b, kv, m); inf everywhere for heads that keep everything."""
         weights = seen.by_group(seen.weights(self.window).mean(2)).mean(2)
-        middle = F.avg_pool1d(weights, self.kernel, 1, self.kernel // 2, count_include_pad=False)
+        pooled, there = (F.avg_pool1d(x, self.kernel, 1, self.kernel // 2) for x in (weights, seen.there.to(weights.dtype)))
+        middle = pooled / there.clamp(min=0.5 / self.kernel)
         kept = (seen.position < self.sinks) | (seen.age < self.recent) | self.whole(seen, weights)[..., None]
         return middle.masked_fill(kept, torch.inf)
 
     def counts(self, seen: Seen, scores: Tensor) -> Tensor:
         held = seen.there.sum(-1)
-        whole = (scores.isinf() | ~seen.there).all(-1)
+        whole = scores.isinf().all(-1)
         left = self.tokens(seen).sum(-1) - (held * whole).sum(-1)
         each = left.div((~whole).sum(-1).clamp(min=1), rounding_mode="floor").clamp(min=self.sinks + self.recent)
         return torch.where(whole, held, each[:, None])

@@ -1,0 +1,1 @@
+"""Caches for many requests of one model: rows that fork, go, and share pages."""
