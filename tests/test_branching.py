@@ -130,7 +130,7 @@ def test_generation_with_forks_is_greedy_under_the_mask(name):
     begin, last = [i for i, t in enumerate(text) if t == PATH], [i for i, t in enumerate(text) if t == PATH_END]
     checked = 0
     for i in range(start, len(text)):
-        forced = text[i] == PATH_END and i - begin[last.index(i)] >= 9
+        forced = text[i] == PATH_END and i - begin[last.index(i)] == 9
         if i in given or forced:
             continue
         row = found[i - 1].clone()
@@ -144,6 +144,36 @@ def test_generation_with_forks_is_greedy_under_the_mask(name):
     after = len(text) - 1 - text.index(END)
     assert made.steps == longest + after - 1  # <Path> and what follows it are one call, the last token is not read
     assert made.parallelism > 1.4
+
+
+def test_paths_that_end_earlier_wait():
+    """The conclusion stands behind the longest, whatever the others' lengths; blocks are not begun within paths."""
+    model = subject()
+    weight = model.model.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        weight[PATH_END] = torch.randn(32, generator=generator, dtype=torch.float64) * 0.06
+        weight[P] = torch.randn(32, generator=generator, dtype=torch.float64) * 0.06
+    prompt = [3, P, GOAL, *[OUT, OUT_END] * 4, GOAL_END]
+    made = generate_branches(
+        model, torch.tensor([prompt]), TAGS, max_new_tokens=100, max_path_tokens=12, prime=lambda i: (30 + i,), end=(P, PATH_END)
+    )
+    text = list(made.ids)
+    begin, last = [i for i, t in enumerate(text) if t == PATH], [i for i, t in enumerate(text) if t == PATH_END][:4]
+    lengths = [e - b + 1 for b, e in zip(begin, last, strict=True)]
+    assert len(set(lengths)) > 1
+    assert lengths[-1] < max(lengths)
+    place, found = branched(text[: text.index(END) + 1], TAGS).position, logits(model, text[: text.index(END) + 2])
+    assert place[-1] == place[begin[0]] + max(lengths)
+    kept = 0
+    for b, e in zip(begin, last, strict=True):
+        for i in range(b + 2, e + 1):
+            row = found[i - 1].clone()
+            kept += int(row.argmax()) == P
+            row[P] = -torch.inf
+            assert int(row.argmax()) == text[i] or i - b == 12
+    assert kept
+    assert int(found[text.index(END)].argmax()) == text[text.index(END) + 1]
 
 
 def test_forks_share_pages(monkeypatch):
