@@ -14,7 +14,11 @@ from headwise.nn import Transformer, mixer
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 IDS = torch.randint(0, 50, (2, 64), generator=torch.Generator().manual_seed(0))
 # What chooses among heads or experts may choose otherwise after another rounding
-CHOOSES = {"umoe", "umoe_stack", "moh", "chai"}
+CHOOSES = {"umoe", "umoe_stack", "moh", "chai", "lte"}
+# What bfloat16 moves that much on a CPU, too: one inverts sums of outer products of keys (there 0.30 of the logits and a cosine of
+# 0.84), the other divides scores by their deviation in a row, of early ones by almost nothing (there parameters that are rounded,
+# and nothing else, move the gradient of its bias by a third).
+SENSITIVE = {"local_linear_attention": 0.35, "normalized_attention": 0.2}
 NAMES = [(kind, name) for kind in ("mechanism", "architecture") for name in registry.names(kind) if name not in CHOOSES]
 
 
@@ -40,7 +44,7 @@ def test_as_on_a_cpu(kind, name, dtype):
     logits, gradients = logits_and_gradients(ours, IDS)
     with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
         found, moved = logits_and_gradients(theirs, IDS.cuda())
-    allowed = 1e-3 if dtype == torch.float32 else 0.1
+    allowed = 1e-3 if dtype == torch.float32 else SENSITIVE.get(name, 0.1)
     assert (found.float() - logits).norm() < allowed * logits.norm()
     assert moved.keys() == gradients.keys()
     whole = torch.cat([gradients[key].flatten() for key in gradients])

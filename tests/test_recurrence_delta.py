@@ -23,16 +23,8 @@ from recurrences import (
 )
 
 pytest.importorskip("triton")
-from headwise.recurrence import kernels
 from headwise.recurrence.kernels import delta_launch
 from headwise.recurrence.kernels.delta_launch import Cut, Segments, run
-
-# Kernels of decays of channels read foreign memory on a GPU so far, and every test after them would fail
-OFF = [*GPU, pytest.mark.skipif(not kernels.CHANNELS, reason="kernels of decays of channels are off on a GPU")]
-
-
-def of_decay(decay):
-    return OFF if decay == "channels" else GPU
 
 
 @pytest.fixture
@@ -151,15 +143,13 @@ ON_GPU = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "dtype"), [pytest.param(*case, marks=of_decay(case[1].get("decay")), id=case[0]) for case in ON_GPU]
-)
+@pytest.mark.parametrize(("name", "shape", "dtype"), [pytest.param(*case, marks=GPU, id=case[0]) for case in ON_GPU])
 def test_on_a_gpu(name, shape, dtype):
     given, starts = made(**{"b": 2, "h": 2} | shape, device="cuda", dtype=dtype)
     check_on_a_gpu(by_kernel, given, starts, ALLOWED[dtype], loose={"decay", "erase"})
 
 
-@pytest.mark.parametrize("decay", [pytest.param(decay, marks=of_decay(decay)) for decay in (None, "scalar", "channels")])
+@pytest.mark.parametrize("decay", [pytest.param(decay, marks=GPU) for decay in (None, "scalar", "channels")])
 def test_a_gpu_repeats_its_bits(decay):
     given, starts = made(b=2, n=3000, d=128, dv=128, decay=decay, documents=True, device="cuda", dtype=torch.bfloat16)
     check_repeats(by_kernel, given, starts)

@@ -65,7 +65,8 @@ class Rala(GridMixer):
         here = there[:, None, :, None]
         count = here.sum(2, keepdim=True)
         mean = q.where(here, 0.0).sum(2, keepdim=True) / count.clamp(min=1)
-        scores = (k @ mean.mT * self.projections.head_dim**-0.5).where(here, torch.finfo(q.dtype).min)
+        scores = k @ mean.mT * self.projections.head_dim**-0.5
+        scores = scores.where(here, torch.finfo(scores.dtype).min)  # of the product's type, which autocast may choose
         return count * scores.softmax(2).where(here, 0.0)
 
     def reading(self, x: Tokens, now: Pass) -> Reading:

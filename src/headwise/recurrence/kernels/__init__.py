@@ -15,7 +15,6 @@ from ..inputs import NOTHING, Inputs
 from ._host import power
 
 WIDEST = 128
-CHANNELS = False  # whether kernels for a decay of each channel run on a GPU: set it to work on them
 SHORT = 16  # fewer tokens than this are not worth a launch
 
 
@@ -30,8 +29,6 @@ def refuses(given: Inputs) -> str | None:
         return "the kernels compute in float32, and float64 was given"
     if max(given.q.shape[-1], given.v.shape[-1]) > WIDEST:
         return f"heads of {max(given.q.shape[-1], given.v.shape[-1])} channels are larger than {WIDEST}, the most that was tested"
-    if given.q.is_cuda and not CHANNELS and given.decay is not None and given.decay.shape[-1] > 1:
-        return "the kernels for a decay of each channel are right in Triton's interpreter, and wrong on a GPU so far"
     if given.k.shape[2] < SHORT:
         return f"{given.k.shape[2]} tokens are too few for a launch"
     why: str | None = _family(given).refuses(given)

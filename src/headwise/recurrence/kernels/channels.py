@@ -7,7 +7,9 @@ they enter the state after it. A walk over the chunks of a row then only multipl
 From the row's end on, with keys for queries and gradients of outputs for values, the same walk makes the gradients of values
 and of states. Those of queries, keys and decay are again made in parallel, from the states before and after each chunk.
 
-Running sums are those of a chunk alone, in base 2. No factor overflows: see `scored`. Documents are in what is prepared.
+Running sums are those of a chunk alone, in base 2. No factor overflows: where decay is slow, queries and keys meet in the middle
+of the chunk, and otherwise as in `scored`. That is two launches of a kernel, MEETS or not, each of which leaves to the other
+what is not its own, so that what is common is not compiled with what is rare. Documents are in what is prepared.
 """
 
 from __future__ import annotations
@@ -18,11 +20,7 @@ import triton.language as tl
 from ...attention.kernels.parts import LOG2E, added, product
 
 NOTHING = tl.constexpr(-60.0)  # exp of it is 1e-26: a decay below that leaves nothing
-SLOW = tl.constexpr(40.0)  # powers of two from the middle of a stretch of tokens up to which it is taken apart there
-FINE = tl.constexpr(4)  # stretches of 2^FINE tokens are taken apart in the middle, if the whole chunk is not
-# Whether decay that is slow is met in the middle. False: always taken apart, so that no product is in an `if` on data: a suspect,
-# not proven, of why kernels with such products failed on an H100 with Triton 3.6, though the addresses in their PTX are right.
-BRANCH = tl.constexpr(False)
+SLOW = tl.constexpr(40.0)  # powers of two from the middle of a chunk up to which queries and keys meet there
 
 
 @triton.jit
@@ -95,6 +93,23 @@ def log_decay(base, stride: tl.constexpr, start, n, column, d: tl.constexpr, C: 
 
 
 @triton.jit
+def slow(sums, column, d: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the decay of these channels over a chunk lets queries and keys meet in its middle."""
+    at = column + tl.arange(0, BLOCK)
+    return tl.max(-tl.load(sums + at, mask=at < d, other=0.0), 0) < 2 * SLOW
+
+
+@triton.jit
+def to_middle(base, stride: tl.constexpr, start, n, column, d: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+              WHOLE_N: tl.constexpr):  # fmt: skip
+    """Sums of the decay from the middle of a chunk on, as far as that is slow, and over all of it (BLOCK,)."""
+    g = tl.maximum(tokens(base, stride, start, n, column, d, C, BLOCK, WHOLE_N), NOTHING) * LOG2E
+    total = tl.sum(g, 0)
+    near = tl.cumsum(g, 0) - 0.5 * total[None, :]
+    return tl.minimum(tl.maximum(near, -SLOW), SLOW), total
+
+
+@triton.jit
 def upto(much, little, C: tl.constexpr, EXACT: tl.constexpr):
     """Sums of the decay up to each token."""
     r = tl.arange(0, C)
@@ -120,44 +135,19 @@ def halves(much, little, level, C: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def from_middle(much, little, C: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of the decay from the middle of each stretch of 2^FINE tokens, negative after it, and which pairs are in one."""
-    r = tl.arange(0, C)
-    same = (r >> FINE)[:, None] == (r >> FINE)[None, :]
-    later = ((r >> (FINE - 1)) & 1) == 1
-    after = later[:, None] & later[None, :] & (r[:, None] >= r[None, :])
-    before = (later[:, None] | later[None, :]) == 0
-    signs = tl.where(same & after, 1.0, tl.where(same & before & (r[:, None] < r[None, :]), -1.0, 0.0))
-    return summed(signs, much, little, EXACT), same
-
-
-@triton.jit
 def scored(q, k, much, little, C: tl.constexpr, LEVELS: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr):
     """(C, C) q_r . k_s, each channel times what is left of it from s to r, for s <= r; what is above the diagonal means nothing.
 
     Neighbouring stretches of tokens meet at the border between them, where both factors are at most one, from halves of the
-    chunk down to stretches that decay little, which meet in their middle, or to single tokens. C = 2^LEVELS.
+    chunk down to single tokens. C = 2^LEVELS.
     """
     r = tl.arange(0, C)
     s = tl.zeros([C, C], tl.float32)
-    for level in range(FINE, LEVELS):
+    for level in range(LEVELS):
         second, apart, left = halves(much, little, level, C, EXACT)
         x = (tl.where(second, q, k) * left).to(TYPE)
         s = tl.where(apart, product(x, tl.trans(x), EXACT), s)
-    near, same = from_middle(much, little, C, EXACT)
-    meets = BRANCH
-    if BRANCH:
-        meets = tl.max(tl.max(tl.abs(near), 0), 0) < SLOW
-    if meets:
-        x = product((q * tl.exp2(near)).to(TYPE), tl.trans((k * tl.exp2(-near)).to(TYPE)), EXACT)
-        s = tl.where(same, x, s)
-    else:
-        for level in range(FINE):
-            second, apart, left = halves(much, little, level, C, EXACT)
-            x = (tl.where(second, q, k) * left).to(TYPE)
-            s = tl.where(apart, product(x, tl.trans(x), EXACT), s)
-        s = tl.where(r[:, None] == r[None, :], tl.sum(q.to(tl.float32) * k, 1)[:, None], s)
-    return s
+    return tl.where(r[:, None] == r[None, :], tl.sum(q.to(tl.float32) * k, 1)[:, None], s)
 
 
 @triton.jit
@@ -165,24 +155,11 @@ def pulled(q, k, much, little, pairs, of_q, of_k, C: tl.constexpr, LEVELS: tl.co
     """Gradients (C, BLOCK) of q and k plus what comes of those of what they score; these are `pairs`, below the diagonal."""
     r = tl.arange(0, C)
     both = tl.where(r[:, None] >= r[None, :], pairs, tl.trans(pairs))
-    for level in range(FINE, LEVELS):
+    for level in range(LEVELS):
         of_q, of_k = _pulled_apart(q, k, much, little, both, of_q, of_k, level, C, TYPE, EXACT)
-    near, same = from_middle(much, little, C, EXACT)
-    meets = BRANCH
-    if BRANCH:
-        meets = tl.max(tl.max(tl.abs(near), 0), 0) < SLOW
-    if meets:
-        far = tl.exp2(-near)
-        near = tl.exp2(near)
-        close = tl.where(same, pairs, 0.0).to(TYPE)
-        of_q += near * product(close, (k * far).to(TYPE), EXACT)
-        of_k += far * product(tl.trans(close), (q * near).to(TYPE), EXACT)
-    else:
-        for level in range(FINE):
-            of_q, of_k = _pulled_apart(q, k, much, little, both, of_q, of_k, level, C, TYPE, EXACT)
-        own = tl.sum(tl.where(r[:, None] == r[None, :], pairs, 0.0).to(tl.float32), 1)[:, None]
-        of_q += own * k
-        of_k += own * q
+    own = tl.sum(tl.where(r[:, None] == r[None, :], pairs, 0.0).to(tl.float32), 1)[:, None]
+    of_q += own * k
+    of_k += own * q
     return of_q, of_k
 
 
@@ -196,14 +173,19 @@ def _pulled_apart(q, k, much, little, both, of_q, of_k, level, C: tl.constexpr, 
 
 @triton.jit
 def chunk_kernel(
-    q_ptr, k_ptr, decay_ptr, documents_ptr, inside_ptr, reads_ptr, writes_ptr, left_ptr, q_sb, q_sh, q_sn: tl.constexpr,
+    q_ptr, k_ptr, decay_ptr, documents_ptr, inside_ptr, reads_ptr, writes_ptr, left_ptr, sums_ptr, q_sb, q_sh, q_sn: tl.constexpr,
     k_sb, k_sh, k_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr, documents_sb, heads, n, d: tl.constexpr, chunks,
-    DOCUMENTS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, WHOLE_N: tl.constexpr,
-    TYPE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    MEETS: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WHOLE_N: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Prepares one chunk of one head: scores inside it (b * h, chunks, C, C); queries that read the state before it and keys
-    that enter the state after it, (b * h, chunks, C, d); and what is left of one in the other, (b * h, chunks, d)."""
+    that enter the state after it, (b * h, chunks, C, d); what is left of one in the other, and sums of the decay, (b * h,
+    chunks, d). MEETS: of all chunks, and sums; without: again, of those whose decay is not slow."""
     pid = tl.program_id(0)
+    sums = sums_ptr + pid.to(tl.int64) * d
+    if not MEETS:
+        if slow(sums, 0, d, D):
+            return
     bh = pid // chunks
     start = (pid % chunks) * C
     b = (bh // heads).to(tl.int64)
@@ -221,19 +203,18 @@ def chunk_kernel(
     for column in tl.range(0, d, BLOCK, num_stages=STAGES):
         q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N)
         k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N)
-        much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
-        meets = BRANCH
-        if BRANCH:
-            meets = tl.max(-total, 0) < 2 * SLOW
-        if meets:  # queries and keys meet in the middle of the chunk
-            near = upto(much, little, C, EXACT) - 0.5 * total[None, :]
+        at = column + tl.arange(0, BLOCK)
+        if MEETS:
+            near, total = to_middle(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N)
             half = tl.exp2(0.5 * total)[None, :]
             x = q * tl.exp2(near)
             y = k * tl.exp2(-near)
-            inside += product(x.to(TYPE), tl.trans(y.to(TYPE)), EXACT)
+            inside = added(x.to(TYPE), tl.trans(y.to(TYPE)), inside, EXACT)
             reads = (x * half).to(TYPE)
             writes = (y * half).to(TYPE)
+            tl.store(sums + at, total, mask=at < d)
         else:
+            much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
             inside += scored(q, k, much, little, C, LEVELS, TYPE, EXACT)
             reads = (q * tl.exp2(upto(much, little, C, EXACT))).to(TYPE)
             writes = (k * tl.exp2(beyond(much, little, C, EXACT))).to(TYPE)
@@ -244,7 +225,6 @@ def chunk_kernel(
             left = tl.where(before == last, left, 0.0)
         keep(reads_ptr, d, pid * C, pid * C + C, column, d, reads, C, BLOCK, True)
         keep(writes_ptr, d, pid * C, pid * C + C, column, d, writes, C, BLOCK, True)
-        at = column + tl.arange(0, BLOCK)
         tl.store(left_ptr + pid.to(tl.int64) * d + at, left, mask=at < d)
     inside = tl.where(seen, inside, 0.0)
     tl.store(inside_ptr + place * C + r[:, None] * C + r[None, :], inside.to(TYPE))
@@ -368,14 +348,15 @@ def scan_kernel(
 
 @triton.jit
 def gradient_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, documents_ptr, states_ptr, changes_ptr, dq_ptr, dk_ptr, dg_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, decay_ptr, documents_ptr, sums_ptr, states_ptr, changes_ptr, dq_ptr, dk_ptr, dg_ptr,
     q_sb, q_sh, q_sn: tl.constexpr, k_sb, k_sh, k_sn: tl.constexpr, v_sb, v_sh, v_sn: tl.constexpr,
     do_sb, do_sh, do_sn: tl.constexpr, g_sb, g_sh, g_sn: tl.constexpr, dq_sb, dq_sh, dq_sn: tl.constexpr,
     dk_sb, dk_sh, dk_sn: tl.constexpr, dg_sb, dg_sh, dg_sn: tl.constexpr, documents_sb, heads, n, d: tl.constexpr,
-    dv: tl.constexpr, chunks, DOCUMENTS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK: tl.constexpr, DV: tl.constexpr, WHOLE_N: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr,
+    dv: tl.constexpr, chunks,
+    MEETS: tl.constexpr, DOCUMENTS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr, WHOLE_N: tl.constexpr, TYPE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK channels of one chunk's queries and keys and, DECAY, of its decay.
+    """Gradients of BLOCK channels of one chunk's queries and keys and, DECAY, of its decay; MEETS: if that is slow, else if not.
 
     states: those before each chunk; changes: gradients of those after it, (b * h, chunks, d, dv). What a token's decay
     changes is what is read from it on of what was written before it: q . dq less k . dk of the tokens from it on, up to the
@@ -384,6 +365,8 @@ def gradient_kernel(
     blocks = tl.cdiv(d, BLOCK)
     column = (tl.program_id(0) % blocks) * BLOCK
     pid = tl.program_id(0) // blocks
+    if slow(sums_ptr + pid.to(tl.int64) * d, column, d, BLOCK) != MEETS:
+        return
     bh = pid // chunks
     start = (pid % chunks) * C
     b = (bh // heads).to(tl.int64)
@@ -393,39 +376,44 @@ def gradient_kernel(
     q_base = q_ptr + b * q_sb + head * q_sh
     k_base = k_ptr + b * k_sb + head * k_sh
     decay_base = decay_ptr + b * g_sb + head * g_sh
-    v = tokens(v_ptr + b * v_sb + head * v_sh, v_sn, start, n, 0, dv, C, DV, WHOLE_N).to(TYPE)
-    do = tokens(do_ptr + b * do_sb + head * do_sh, do_sn, start, n, 0, dv, C, DV, WHOLE_N).to(TYPE)
     seen = r[:, None] >= r[None, :]
+    later = r[:, None] <= r[None, :]
     if DOCUMENTS:
         own, before, last = met(documents, start, n, C)
         seen = seen & (own[:, None] == own[None, :])
-    pairs = tl.where(seen, product(do, tl.trans(v), EXACT), 0.0).to(TYPE)
-    there = tl.arange(0, DV)
+        later = later & (own[:, None] == own[None, :])
     at = column + tl.arange(0, BLOCK)
-    cell = pid.to(tl.int64) * d * dv + at[:, None] * dv + there[None, :]
-    if d % BLOCK == 0 and dv == DV:
-        state = tl.load(states_ptr + cell)
-        change = tl.load(changes_ptr + cell)
-    else:
-        exists = (at < d)[:, None] & (there < dv)[None, :]
-        state = tl.load(states_ptr + cell, mask=exists, other=0.0)
-        change = tl.load(changes_ptr + cell, mask=exists, other=0.0)
-    kept = tl.sum(state.to(tl.float32) * change, 1)
+    pairs = tl.zeros([C, C], tl.float32)
+    of_q = tl.zeros([C, BLOCK], tl.float32)
+    of_k = tl.zeros([C, BLOCK], tl.float32)
+    kept = tl.zeros([BLOCK], tl.float32)
+    for part in tl.range(0, dv, PART, num_stages=STAGES):
+        v = tokens(v_ptr + b * v_sb + head * v_sh, v_sn, start, n, part, dv, C, PART, WHOLE_N).to(TYPE)
+        do = tokens(do_ptr + b * do_sb + head * do_sh, do_sn, start, n, part, dv, C, PART, WHOLE_N).to(TYPE)
+        there = part + tl.arange(0, PART)
+        cell = pid.to(tl.int64) * d * dv + at[:, None] * dv + there[None, :]
+        if d % BLOCK == 0 and dv % PART == 0:
+            state = tl.load(states_ptr + cell)
+            change = tl.load(changes_ptr + cell)
+        else:
+            exists = (at < d)[:, None] & (there < dv)[None, :]
+            state = tl.load(states_ptr + cell, mask=exists, other=0.0)
+            change = tl.load(changes_ptr + cell, mask=exists, other=0.0)
+        pairs = added(do, tl.trans(v), pairs, EXACT)
+        of_q = added(do, tl.trans(state), of_q, EXACT)
+        of_k = added(v, tl.trans(change), of_k, EXACT)
+        kept += tl.sum(state.to(tl.float32) * change, 1)
+    pairs = tl.where(seen, pairs, 0.0).to(TYPE)
     q = tokens(q_base, q_sn, start, n, column, d, C, BLOCK, WHOLE_N)
     k = tokens(k_base, k_sn, start, n, column, d, C, BLOCK, WHOLE_N)
     much, little, total = log_decay(decay_base, g_sn, start, n, column, d, C, BLOCK, WHOLE_N, EXACT)
     kept *= tl.exp2(total)
     if DOCUMENTS:
         kept = tl.where(before == last, kept, 0.0)
-    of_q = product(do, tl.trans(state), EXACT)
-    of_k = product(v, tl.trans(change), EXACT)
     if DOCUMENTS:
         of_q = tl.where((own == before)[:, None], of_q, 0.0)
         of_k = tl.where((own == last)[:, None], of_k, 0.0)
-    meets = BRANCH
-    if BRANCH:
-        meets = tl.max(-total, 0) < 2 * SLOW
-    if meets:
+    if MEETS:
         near = upto(much, little, C, EXACT) - 0.5 * total[None, :]
         half = tl.exp2(0.5 * total)[None, :]
         far = tl.exp2(-near)
@@ -443,9 +431,6 @@ def gradient_kernel(
     keep(dk_ptr + b * dk_sb + head * dk_sh, dk_sn, start, n, column, d, of_k, C, BLOCK, WHOLE_N)
     if DECAY:
         crossed += kept
-        later = r[:, None] <= r[None, :]
-        if DOCUMENTS:
-            later = later & (own[:, None] == own[None, :])
         much, little = pieces(q * of_q - k * of_k, EXACT)
         of_decay = summed(tl.where(later, 1.0, 0.0), much, little, EXACT)
         if DOCUMENTS:

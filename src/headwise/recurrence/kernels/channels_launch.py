@@ -17,9 +17,15 @@ from ._host import Cut, Segments, alike, like, nothing_to_do, power, readable, u
 
 WIDEST = 256
 CHUNK = {False: 64, True: 32}  # tokens of a chunk; True: for products of float32
-# {kernel: {(largest head size, products of float32): cut}}
+# {kernel: {(largest head size, products of float32): cut}}; "fast ...": of chunks whose decay is not slow; tile, of gradients:
+# columns of values that are multiplied at once.
+#
+# Two warps are no matter of speed: of four, Hopper makes a group that multiplies at once, and Triton from 3.4 up to 3.7.1 compiles
+# that wrongly where operands are what other products left, transposed or not: wrong values, and reads of foreign memory
+# (triton-lang/triton#11366). Whoever gives these kernels more warps has to run the tests on such a card.
 LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
-    "chunks": {(256, False): Cut(32, 0, 4, 1, 128), (256, True): Cut(32, 0, 4, 1)},
+    "chunks": {(256, False): Cut(32, 0, 2, 1), (256, True): Cut(32, 0, 4, 1)},
+    "fast chunks": {(256, False): Cut(32, 0, 2, 1), (256, True): Cut(32, 0, 4, 1)},
     "outputs": {
         (64, False): Cut(0, 64, 4, 3), (128, False): Cut(0, 64, 4, 3), (256, False): Cut(0, 32, 4, 2),
         (128, True): Cut(0, 32, 8, 1, 255), (256, True): Cut(0, 16, 8, 1, 255),
@@ -29,7 +35,8 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
         (128, True): Cut(0, 32, 8, 1, 255), (256, True): Cut(0, 16, 8, 1, 255),
     },
     "states": {(256, False): Cut(64, 64, 4, 3), (256, True): Cut(32, 32, 4, 1)},
-    "gradients": {(128, False): Cut(32, 0, 4, 1, 168), (256, False): Cut(32, 0, 4, 1), (256, True): Cut(16, 0, 4, 1)},
+    "gradients": {(256, False): Cut(32, 64, 2, 1), (256, True): Cut(16, 64, 4, 1)},
+    "fast gradients": {(256, False): Cut(32, 64, 2, 1), (256, True): Cut(16, 64, 4, 1)},
 }  # fmt: skip
 SEGMENTS = Segments(enough=96, programs=264, shortest=512)
 SCAN = 1024  # numbers of a state that a program of the scan over segments has
@@ -65,6 +72,7 @@ class Chunks(NamedTuple):
     reads: Tensor
     writes: Tensor
     left: Tensor
+    sums: Tensor
 
 
 class Call:
@@ -130,13 +138,15 @@ class Call:
 
         found = Chunks(
             self.scratch(self.chunk, self.chunk), self.scratch(self.chunk, self.d), self.scratch(self.chunk, self.d),
-            self.nothing.new_empty(self.rows, self.chunks, self.d),
+            self.nothing.new_empty(self.rows, self.chunks, self.d), self.nothing.new_empty(self.rows, self.chunks, self.d),
         )  # fmt: skip
         documents, stride = self.of_documents
-        chunk_kernel[(self.rows * self.chunks,)](
-            self.q, self.k, self.decay, documents, *found, *self.q.stride()[:3], *self.k.stride()[:3], *self.decay.stride()[:3],
-            stride, self.h, self.n, self.d, self.chunks, **self.by_channel("chunks"),
-        )  # fmt: skip
+        for meets, kernel in ((True, "chunks"), (False, "fast chunks")):
+            chunk_kernel[(self.rows * self.chunks,)](
+                self.q, self.k, self.decay, documents, *found, *self.q.stride()[:3], *self.k.stride()[:3],
+                *self.decay.stride()[:3], stride, self.h, self.n, self.d, self.chunks, MEETS=meets, D=power(self.d),
+                **self.by_channel(kernel),
+            )  # fmt: skip
         return found
 
     def walk(
@@ -174,7 +184,9 @@ class Call:
         )  # fmt: skip
         return states
 
-    def gradients(self, of_out: Tensor, states: Tensor, changes: Tensor, decay: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def gradients(
+        self, of_out: Tensor, sums: Tensor, states: Tensor, changes: Tensor, decay: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of q, k and, if it is wanted, the decay."""
         from .channels import gradient_kernel
 
@@ -183,12 +195,12 @@ class Call:
         given = (self.q, self.k, self.v, of_out, self.decay)
         made = (of_q, of_k, self.decay if of_decay is None else of_decay)
         documents, stride = self.of_documents
-        constants = self.by_channel("gradients")
-        del constants["STAGES"]
-        gradient_kernel[(self.rows * self.chunks * -(-self.d // constants["BLOCK"]),)](
-            *given, documents, states, changes, *made, *(stride for t in (*given, *made) for stride in t.stride()[:3]), stride,
-            self.h, self.n, self.d, self.dv, self.chunks, DECAY=decay, DV=power(self.dv), **constants,
-        )  # fmt: skip
+        for meets, kernel in ((True, "gradients"), (False, "fast gradients")):
+            constants = self.by_channel(kernel)
+            gradient_kernel[(self.rows * self.chunks * -(-self.d // constants["BLOCK"]),)](
+                *given, documents, sums, states, changes, *made, *(stride for t in (*given, *made) for stride in t.stride()[:3]),
+                stride, self.h, self.n, self.d, self.dv, self.chunks, MEETS=meets, DECAY=decay, PART=self.tile(kernel), **constants,
+            )  # fmt: skip
         return of_q, of_k, of_decay
 
 
@@ -234,6 +246,6 @@ class _Channels(torch.autograd.Function):
             last=of_state,
             states=changes,
         )
-        of_q, of_k, of_decay = call.gradients(of_out, states, changes, ctx.needs_input_grad[3])
+        of_q, of_k, of_decay = call.gradients(of_out, chunks.sums, states, changes, ctx.needs_input_grad[3])
         grads = (of_q, of_k, of_v, of_decay, of_state)
         return *(None if t is None else t.to(dtype) for t, dtype in zip(grads, ctx.made, strict=True)), None

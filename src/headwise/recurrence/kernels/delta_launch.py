@@ -19,10 +19,13 @@ from ._host import Cut, Segments, alike, like, nothing_to_do, power, readable, u
 WIDEST = 256
 CUTTABLE = 128  # of larger heads, rows are not cut into segments: the scan has whole matrices in shared memory
 CHUNK = {False: 64, True: 32}  # tokens of a chunk, powers of two from 16 on; True: for products of float32
-# {kernel: {(largest head size, products of float32): cut}}. "channels" and "channel_gradients": decays of each channel.
+# {kernel: {(largest head size, products of float32): cut}}. "channels" and "channel ...": decays of each channel, "fast ..." of
+# chunks in which they are not slow. Why most of these have two warps is in `channels_launch`; "channels" was tested with four.
 LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
     "chunks": {(256, False): Cut(32, 0, 4, 1), (256, True): Cut(32, 0, 4, 1)},
-    "channels": {(256, False): Cut(32, 0, 4, 1), (256, True): Cut(32, 0, 4, 1)},
+    "channels": {(128, False): Cut(32, 0, 4, 1), (256, False): Cut(32, 0, 2, 1), (256, True): Cut(32, 0, 4, 1)},
+    "fast channels": {(256, False): Cut(32, 0, 2, 1), (256, True): Cut(32, 0, 4, 1)},
+    "channel ends": {(256, False): Cut(32, 0, 2, 1), (256, True): Cut(32, 0, 4, 1)},
     "outputs": {
         (64, False): Cut(0, 64, 4, 3), (128, False): Cut(0, 64, 4, 2), (256, False): Cut(0, 32, 4, 1),
         (128, True): Cut(0, 16, 8, 1, 255), (256, True): Cut(0, 16, 16, 1, 128),
@@ -40,10 +43,13 @@ LAUNCHES: dict[str, dict[tuple[int, bool], Cut]] = {
         (64, False): Cut(64, 0, 4, 1), (128, False): Cut(64, 0, 8, 1), (256, False): Cut(32, 0, 8, 1),
         (128, True): Cut(32, 0, 8, 1), (256, True): Cut(16, 0, 8, 1),
     },
-    "channel_gradients": {(128, False): Cut(32, 0, 8, 1), (256, False): Cut(16, 0, 8, 1), (256, True): Cut(16, 0, 8, 1)},
+    "channel gradients": {(128, False): Cut(32, 32, 2, 1), (256, False): Cut(16, 64, 2, 1), (256, True): Cut(16, 64, 8, 1)},
+    "fast channel gradients": {(256, False): Cut(16, 64, 2, 1), (256, True): Cut(16, 64, 8, 1)},
 }  # fmt: skip
 SEGMENTS = Segments(enough=96, programs=132, shortest=1024)
-KEEP = True  # whether inverses are kept for the backward pass: (b * h, n, chunk), half of what keys take if heads are 128
+# Whether inverses are kept for the backward pass, if decays are not of each channel: (b * h, n, chunk), half of what keys take if
+# heads are 128. Of decays of each channel they are, and scores.
+KEEP = True
 PRECISION = "tf32x3"  # of products in inverses and scans, where tensors are not float32
 
 
@@ -88,6 +94,7 @@ class Chunks(NamedTuple):
     reads: Tensor
     keys: Tensor
     erasers: Tensor
+    sums: Tensor
 
 
 class Call:
@@ -170,9 +177,9 @@ class Call:
         """Empty, (b, h, chunks * C, width), of the type of products."""
         return self.scratch(self.chunk, width).flatten(2, 3)
 
-    def prepared(self, back: bool, inverses: Tensor | None) -> Chunks:
+    def prepared(self, back: bool, inverses: Tensor | None, inside: Tensor | None = None, sums: Tensor | None = None) -> Chunks:
         """What each chunk does, whatever state it starts from; for the backward pass, what that needs. inverses: to fill, or from
-        the forward pass; None if they are not kept."""
+        the forward pass; None if they are not kept. inside and sums: from the forward pass, of decays of each channel."""
         from .delta import chunk_kernel
 
         w, u, mix = self.by_token(self.d), self.by_token(self.dv), self.scratch(self.chunk, self.chunk)
@@ -187,12 +194,16 @@ class Call:
             reads, keys = self.by_token(self.d), self.by_token(self.d)
             erasers = self.by_token(self.d) if back else self.nothing
             left = self.scratch(self.d, wide=True)
-            channel_chunk_kernel[(self.rows * self.chunks,)](
-                *given, w, u, mix, of_back, reads, keys, erasers, left, *strides, self.h, self.n, self.d, self.dv, self.chunks,
-                BACK=back, KEPT=inverses is not None, LEVELS=self.chunk.bit_length() - 1, PRECISION=self.precision,
-                **self.of_chunk("channels"),
-            )  # fmt: skip
-            return Chunks(w, u, mix, of_back, self.nothing, self.nothing, self.nothing, left, reads, keys, erasers)
+            sums = self.scratch(self.d, wide=True) if sums is None else sums
+            made = (w, u, mix, of_back, reads, keys, erasers, left, sums, self.nothing if inside is None else inside)
+            for meets, kernel in ((True, "channel ends"),) if back else ((True, "channels"), (False, "fast channels")):
+                channel_chunk_kernel[(self.rows * self.chunks,)](
+                    *given, *made, *strides, self.h, self.n, self.d, self.dv, self.chunks, MEETS=meets, BACK=back,
+                    KEPT=inverses is not None, LEVELS=self.chunk.bit_length() - 1, D=power(self.d), PRECISION=self.precision,
+                    STAGES=self.cut(kernel).stages, **self.of_chunk(kernel),
+                )  # fmt: skip
+            nothing = (self.nothing,) * 3
+            return Chunks(w, u, mix, of_back, *nothing, left, reads, keys, erasers, sums)
         near, far, gone = (self.scratch(self.chunk, wide=True) for _ in range(3))
         left = self.scratch(wide=True)
         chunk_kernel[(self.rows * self.chunks,)](
@@ -200,7 +211,7 @@ class Call:
             KEPT=inverses is not None, DECAY=self.decay is not None, LEVELS=self.chunk.bit_length() - 1, PRECISION=self.precision,
             STAGES=self.cut("chunks").stages, **self.of_chunk("chunks"),
         )  # fmt: skip
-        return Chunks(w, u, mix, of_back, near, far, gone, left, self.q, self.k, self.k)
+        return Chunks(w, u, mix, of_back, near, far, gone, left, self.q, self.k, self.k, self.nothing)
 
     def of_walk(self, kernel: str, first: Tensor | None) -> dict[str, Any]:
         """What walks are compiled for."""
@@ -283,21 +294,23 @@ class Call:
         strides = (*(s for t in given for s in t.stride()[:3]), *of_decay, *of_write, *of_erase)
         strides += tuple(s for t in made for s in t.stride()[:3])
         sizes = (stride, self.h, self.n, self.d, self.dv, self.chunks)
-        kernel = "channel_gradients" if self.by_channel else "gradients"
-        constants = self.of_chunk(kernel) | {"DV": power(self.dv), "WHOLE_DV": power(self.dv) == self.dv}
+        whole = {"DV": power(self.dv), "WHOLE_DV": power(self.dv) == self.dv}
         tensors = (*given, decay, write, erase, documents, values, of_values, states, changes)
         if self.by_channel:
             from ._delta_channels import channel_gradient_kernel
 
             by_channel = like(decay)
-            channel_gradient_kernel[(self.rows * self.chunks,)](
-                *tensors, *made, by_channel, *by_token[1:], *strides, *by_channel.stride()[:3], *sizes,
-                LEVELS=self.chunk.bit_length() - 1, **constants,
-            )  # fmt: skip
+            for meets, kernel in ((True, "channel gradients"), (False, "fast channel gradients")):
+                part = self.tile(kernel)
+                channel_gradient_kernel[(self.rows * self.chunks,)](
+                    *tensors, chunks.sums, *made, by_channel, *by_token[1:], *strides, *by_channel.stride()[:3], *sizes,
+                    MEETS=meets, LEVELS=self.chunk.bit_length() - 1, D=power(self.d), PART=part,
+                    WHOLE_PART=self.dv % part == 0, STAGES=self.cut(kernel).stages, **self.of_chunk(kernel) | whole,
+                )  # fmt: skip
             return *made, by_channel, *by_token[1:]
         gradient_kernel[(self.rows * self.chunks,)](
             *tensors, chunks.near, chunks.far, chunks.left, *made, *by_token, *strides, *sizes,
-            DECAY=self.decay is not None, STAGES=self.cut(kernel).stages, **constants,
+            DECAY=self.decay is not None, STAGES=self.cut("gradients").stages, **self.of_chunk("gradients") | whole,
         )  # fmt: skip
         return *made, *by_token
 
@@ -311,21 +324,23 @@ class _Delta(torch.autograd.Function):
         ctx.made = [None if t is None else t.dtype for t in (q, k, v, decay, write, erase, state)]
         ctx.set_materialize_grads(False)
         call = Call(q, k, v, decay, write, erase, documents)
-        inverses = call.scratch(call.chunk, call.chunk) if KEEP and any(ctx.needs_input_grad) else None
+        keep = any(ctx.needs_input_grad) and (KEEP or call.by_channel)
+        inverses = call.scratch(call.chunk, call.chunk) if keep else None
         chunks = call.prepared(False, inverses)
         firsts, units = call.firsts(chunks, None if state is None else state.detach().float().contiguous())
         out = like(call.v)
         last = call.nothing.new_empty(call.b, call.h, call.d, call.dv)
         call.walk("outputs", chunks, firsts, out=out, last=last)
-        ctx.save_for_backward(q, k, v, decay, write, erase, documents, firsts, units, inverses)
+        kept = (chunks.mix, chunks.sums) if call.by_channel else ()
+        ctx.save_for_backward(q, k, v, decay, write, erase, documents, firsts, units, inverses, *kept)
         return out.to(v.dtype), last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_out: Tensor | None, of_last: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, decay, write, erase, documents, firsts, units, inverses = ctx.saved_tensors
+        q, k, v, decay, write, erase, documents, firsts, units, inverses, *kept = ctx.saved_tensors
         call = Call(q, k, v, decay, write, erase, documents)
-        chunks = call.prepared(True, inverses)
+        chunks = call.prepared(True, inverses, *kept)
         of_out = torch.zeros_like(call.v) if of_out is None else readable(of_out.to(v.dtype))
         later = None if of_last is None else of_last.float().contiguous()
         values, states = call.by_token(call.dv), call.scratch(call.d, call.dv)

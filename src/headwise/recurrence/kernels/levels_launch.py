@@ -62,9 +62,6 @@ def refuses(given: Inputs) -> str | None:
     """Why these kernels can't run it; None if they can."""
     if given.levels is None:
         return "there are no levels"
-    tensors = (given.q, given.k, given.v, given.decay, given.levels)
-    if given.q.is_cuda and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "gradients of levels are right in Triton's interpreter, and those of queries wrong on a GPU so far"
     if given.erase is not None:
         return "levels with an erasing rule have no kernel"
     if given.decay is not None and given.decay.shape[-1] != 1:
@@ -108,9 +105,9 @@ class Call:
         if decay is not None:
             decay = decay.detach().float()
             self.sums = self.nothing.new_empty(self.rows, self.units, self.unit)
-            most = max(1, SUMS * 64 // self.unit)
+            most = power(SUMS * 64 // self.unit)
             sums_kernel[(self.rows * -(-self.units // most),)](
-                decay, self.sums, *decay.stride(), self.h, self.n, self.units, C=self.unit, ROWS=power(most), num_warps=4
+                decay, self.sums, *decay.stride(), self.h, self.n, self.units, C=self.unit, ROWS=most, num_warps=4
             )
             self.runs = [self.sums[:, : self.slots, -1].contiguous()]
             self.spans = torch.empty_like(self.runs[0])
