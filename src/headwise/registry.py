@@ -20,7 +20,8 @@ from .errors import RegistryError
 ROOMS = {
     "stage": ("stages",),
     "rule": ("caches/rules",),
-    "mechanism": ("mechanisms/softmax", "mechanisms/heads", "mechanisms/linear"),
+    "cache": ("models/caches",),
+    "mechanism": ("mechanisms/softmax", "mechanisms/heads", "mechanisms/cached", "mechanisms/linear"),
     "architecture": ("nn/architectures",),
     "probe": ("probes",),
     "recipe": ("plans/recipes",),
