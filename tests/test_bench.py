@@ -46,7 +46,7 @@ def test_bench_prints_rows_and_json(small, monkeypatch, capsys):
 def test_bench_says_what_is_wrong(monkeypatch, capsys):
     code, _, err = bench(monkeypatch, capsys, "speedy")
     assert code == 2
-    assert "there is no benchmark 'speedy'; there are: attention, conversions, linear, statistics" in err
+    assert "there is no benchmark 'speedy'; there are: attention, cache, conversions, linear, retention, statistics" in err
     if not torch.cuda.is_available():
         code, _, err = bench(monkeypatch, capsys, "statistics", "--device", "cuda")
         assert code == 2

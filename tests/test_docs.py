@@ -33,6 +33,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 OTHERS = [ROOT / "CHANGELOG.md"]
 PAGE_OF = {
     "stage": "stages.md",
+    "rule": "caches.md",
+    "cache": "caches.md",
     "mechanism": "mechanisms.md",
     "architecture": "nn.md",
     "problem": "training.md",

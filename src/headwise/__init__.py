@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from .models.capture import capture
     from .models.subject import Subject, open_model
     from .plans import Plan
+    from .plans.recipes.ada_kv import ada_kv
     from .plans.recipes.duo import duo
+    from .plans.recipes.h2o import h2o
     from .plans.recipes.prune import prune
+    from .plans.recipes.snap_kv import snap_kv
     from .plans.recipes.streaming import streaming
     from .probes import Measurement, Probe, measure, probe
     from .report.scan import Scan, scan
@@ -60,7 +63,8 @@ if TYPE_CHECKING:
 _PLACES = {
     "attend": "attention", "attention_weights": "attention", "explain": "attention", "statistics": "attention",
     "HeadwiseError": "errors", "capture": "models.capture", "Subject": "models.subject", "open_model": "models.subject",
-    "Plan": "plans", "duo": "plans.recipes.duo", "prune": "plans.recipes.prune", "streaming": "plans.recipes.streaming",
+    "Plan": "plans", "ada_kv": "plans.recipes.ada_kv", "duo": "plans.recipes.duo", "h2o": "plans.recipes.h2o",
+    "prune": "plans.recipes.prune", "snap_kv": "plans.recipes.snap_kv", "streaming": "plans.recipes.streaming",
     "Measurement": "probes", "Probe": "probes", "measure": "probes", "probe": "probes",
     "Scan": "report.scan", "scan": "report.scan",
     "Alibi": "stages.alibi", "BlockTable": "stages.block_table", "Blocks": "stages.blocks", "Causal": "stages.causal",
@@ -77,8 +81,9 @@ __all__ = [
     "Alibi", "BlockTable", "Blocks", "Causal", "Dilated", "Documents", "Entmax", "Evaluation", "Gate", "HeadTable", "Heads",
     "HeadwiseError", "IdentityMix", "KeyBias", "LowRankBias", "Measurement", "Offset", "PerHead", "Plan", "Prefix", "Probe",
     "RelativeBias", "Relu", "Scan", "SignedSoftmax", "Sink", "SinkLogit", "Softcap", "Spans", "Sparsemax", "Statistics",
-    "Strided", "Subject", "Task", "Temperature", "Uniform", "Window", "__version__", "attend", "attention_weights",
-    "capture", "duo", "evaluate", "explain", "measure", "open_model", "probe", "prune", "scan", "statistics", "streaming",
+    "Strided", "Subject", "Task", "Temperature", "Uniform", "Window", "__version__", "ada_kv", "attend", "attention_weights",
+    "capture", "duo", "evaluate", "explain", "h2o", "measure", "open_model", "probe", "prune", "scan", "snap_kv", "statistics",
+    "streaming",
 ]  # fmt: skip
 
 

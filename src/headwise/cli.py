@@ -154,7 +154,8 @@ def plan(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="The plan's folder.")] = Path("plan"),
     heads: Annotated[
-        str | None, typer.Option(help="Heads that the recipe is about, such as L5H3,L6H0.", show_default=False)
+        str | None,
+        typer.Option(help="Heads that the recipe is about, such as L5H3,L6H0; or a file of published heads.", show_default=False),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the recipe, such as recent=128.", show_default=False)
@@ -170,9 +171,7 @@ def plan(
     options = _recipe_options(make, recipe, set_ or [])
     subject = _open(model, device, dtype, trust_remote_code)
     if heads is not None:
-        if "heads" not in inspect.signature(make).parameters:
-            raise PlanError(f"the recipe {recipe} chooses its heads itself; leave --heads out")
-        options["heads"] = subject.heads(heads)
+        options["heads"] = _recipe_heads(make, recipe, heads, subject)
     made = make(subject, show_progress=not quiet, **options)
     made.save_pretrained(out)
     if json_:
@@ -425,6 +424,20 @@ def _recipe_options(make: Any, recipe: str, given: list[str]) -> dict[str, Any]:
         if isinstance(default, int | float) and not isinstance(options[name], int | float):
             raise PlanError(f"--set {pair}: a number is due, such as {name}={default}")
     return options
+
+
+def _recipe_heads(make: Any, recipe: str, given: str, subject: Any) -> Any:
+    """The heads of --heads: a selection, or the table in a file."""
+    from .plans.imports import import_heads
+
+    takes = inspect.signature(make).parameters.get("heads")
+    if takes is None:
+        raise PlanError(f"the recipe {recipe} chooses its heads itself; leave --heads out")
+    if not Path(given).is_file() and Path(given).suffix not in (".tsv", ".json"):
+        return subject.heads(given)
+    if "HeadTable" not in str(takes.annotation):
+        raise PlanError(f"the recipe {recipe} takes heads such as L5H3,L6H0, no table of them in a file")
+    return import_heads(given, subject)
 
 
 def _escape(text: str) -> str:

@@ -6,6 +6,7 @@ A pool holds pages of P tokens; a sequence, what one key/value head of one batch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ __all__ = ["Schedule", "Segment", "merge", "paged_attention", "shared_attention"
 LOG2E = 1.4426950408889634
 WIDEST = 256
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-MERGED = 16  # parts that are put together at once
+MERGED = 4096  # numbers of parts that a program puts together at once
+FEW_ROWS = 256  # query rows of all sequences, below which several programs put one together
 
 # {kernel: {(largest head size, float32): launch}}; m: query rows at most. "wide": rows of many sequences that share pages.
 LAUNCHES: dict[str, dict[tuple[int, bool], Launch]] = {
     "narrow": {
         (64, False): Launch(64, 64, 4, 4), (128, False): Launch(64, 64, 4, 3), (256, False): Launch(64, 32, 4, 3),
-        (128, True): Launch(16, 32, 4, 2), (256, True): Launch(16, 16, 4, 2),
+        (256, True): Launch(4, 64, 4, 1),
     },
     "wide": {
-        (64, False): Launch(128, 64, 4, 3), (128, False): Launch(128, 64, 8, 3), (256, False): Launch(64, 32, 4, 2),
+        (64, False): Launch(64, 64, 4, 3), (128, False): Launch(64, 64, 4, 3), (256, False): Launch(64, 32, 4, 2),
         (128, True): Launch(32, 16, 4, 1), (256, True): Launch(16, 16, 4, 1),
     },
 }  # fmt: skip
@@ -85,7 +87,7 @@ def shared_attention(
         segments: see `schedule.shared_pages`; for many calls make one `Schedule.of(..., segments=...)` and give it to
             `paged_attention` instead. options: of `paged_attention`.
     """
-    heads = len(table) // max(len(q), 1)
+    heads = max(len(table) // max(len(q), 1), 1)
     schedule = Schedule.of(lengths, heads, page=k_pool.shape[1], segments=segments, device=q.device)
     return paged_attention(q, k_pool, v_pool, table, lengths, scale=scale, schedule=schedule, **options)
 
@@ -155,28 +157,41 @@ def _by_kernel(read: PagedRead, schedule: Schedule | None) -> tuple[Tensor, Tens
     given = [t if t.dtype == torch.int32 and t.stride(-1) == 1 else t.int().contiguous() for t in (read.table, read.lengths)]
     if schedule is None:
         schedule = Schedule.of(read.lengths, kv_heads, page=k.shape[1], device=q.device)
-    sinks = (
-        q.new_zeros(1, dtype=torch.float32) if read.sinks is None else read.sinks.detach().to(q.device, torch.float32).contiguous()
-    )
     dv, each = v.shape[2], group * n
     out = q.new_empty(*q.shape[:3], dv)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    sinks = lse  # not read; zeros would be one more launch
+    if read.sinks is not None:
+        sinks = read.sinks.detach().to(q.device, torch.float32).contiguous()
     if schedule.single:
-        _launched("narrow", read, (q, k, v, *given, schedule.narrow, sinks, out, lse), True, 1)
-    else:
-        parts = q.new_empty(schedule.parts * each, dv, dtype=torch.float32)
-        sums = q.new_empty(schedule.parts * each, dtype=torch.float32)
-        if len(schedule.wide):
-            _launched("wide", read, (q, k, v, *given, schedule.wide, sinks, parts, sums), False, schedule.most_rows)
-        _launched("narrow", read, (q, k, v, *given, schedule.narrow, sinks, parts, sums), False, 1)
-        merge_kernel[(b * kv_heads * each,)](
-            parts, sums, schedule.offsets, schedule.starts, sinks, out, lse, kv_heads, group, n, dv,
-            PARTS=MERGED, SINKS=read.sinks is not None, BLOCK_DV=power(dv), num_warps=4,
-        )  # fmt: skip
+        _launched("narrow", read, (q, k, v, *given, schedule.narrow, sinks, out, lse), 1, last=True)
+        return out.to(read.q.dtype), lse
+    parts = q.new_empty(schedule.parts * each, dv, dtype=torch.float32)
+    sums = q.new_empty(schedule.parts * each, dtype=torch.float32)
+    if len(schedule.wide):
+        _launched("wide", read, (q, k, v, *given, schedule.wide, sinks, parts, sums), schedule.most_rows)
+    early = _early(q.device)
+    _launched("narrow", read, (q, k, v, *given, schedule.narrow, sinks, parts, sums), 1, early=early)
+    rows = b * kv_heads * each
+    columns = 32 if rows < FEW_ROWS else power(dv)
+    blocks = -(-dv // columns)
+    merge_kernel[(rows * blocks,)](
+        parts, sums, schedule.offsets, schedule.starts, sinks, out, lse, blocks, kv_heads, group, n, dv,
+        PARTS=min(power(schedule.most_parts), MERGED // columns), ORDERED=not len(schedule.wide), SINKS=read.sinks is not None,
+        COLUMNS=columns, EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     return out.to(read.q.dtype), lse
 
 
-def _launched(kernel: str, read: PagedRead, tensors: tuple[Tensor, ...], last: bool, most_rows: int) -> None:
+@cache
+def _early(device: torch.device) -> bool:
+    """Whether the GPU can launch a kernel before the last one has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _launched(
+    kernel: str, read: PagedRead, tensors: tuple[Tensor, ...], most_rows: int, *, last: bool = False, early: bool = False
+) -> None:
     """One launch over items. most_rows: sequences that read one item, at most."""
     from .kernels.paged import paged_kernel
 
@@ -186,11 +201,11 @@ def _launched(kernel: str, read: PagedRead, tensors: tuple[Tensor, ...], last: b
     exact = q.dtype == torch.float32
     cut = fitting(LAUNCHES[kernel], max(d, dv), exact)
     rows = most_rows * group * n
-    m = min(power(rows), cut.m)
+    m = min(power(rows), cut.m)  # float32 has no tensor cores to fill: there, fewer rows than 16 are worth it
     blocks = -(-rows // m)
     paged_kernel[(len(items) * blocks,)](
-        *tensors, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], table.stride(0), blocks, kv_heads, group, n, d, dv,
-        read.scale * LOG2E, P=k.shape[1], M=m, N=min(cut.n, k.shape[1]), SOFTCAP=float(read.softcap or 0.0),
+        *tensors, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *table.stride()[:1], table.shape[1], blocks, kv_heads, group,
+        n, d, dv, read.scale * LOG2E, P=k.shape[1], M=m, N=min(cut.n, k.shape[1]), SOFTCAP=float(read.softcap or 0.0),
         SINKS=read.sinks is not None, LAST=last, BLOCK_D=power(d), BLOCK_DV=power(dv), WHOLE_D=power(d) == d,
-        WHOLE_DV=power(dv) == dv, EXACT=exact, STAGES=cut.stages, **cut.options,
+        WHOLE_DV=power(dv) == dv, EXACT=exact, STAGES=cut.stages, EARLY=early, **cut.options,
     )  # fmt: skip

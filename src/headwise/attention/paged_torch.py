@@ -114,7 +114,7 @@ def by_each(read: PagedRead, schedule: Schedule | None) -> tuple[Tensor, Tensor]
         mine = q[sequence : sequence + 1] if rows == 1 else q[readers].view(1, rows * group * n, -1)
         for out, lse in _attended(mine, k[None], v[None], limit, read):
             chunks = len(out)
-            parts.append((readers * chunks, out.view(chunks * rows, group * n, -1), lse.view(chunks * rows, group * n)))
+            parts.append((readers * chunks, out.reshape(chunks * rows, group * n, -1), lse.reshape(chunks * rows, group * n)))
     out, lse = _together(parts, q.new_zeros(1, group * n, read.v.shape[2], dtype=wide(q)), len(q))
     shape = (b, kv_heads * group, n)
     out, lse = _with_sinks(out.view(*shape, -1), lse.view(shape), read)

@@ -6,7 +6,7 @@ All of it is made on the host from lengths that are known there: nothing waits f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ OPEN = 1 << 24  # pages of a run that goes on to the end of its sequence, wherev
 FIELDS = 8  # int32 of an item of work, six of them used
 START = 1  # what beginning an item costs, in pages
 BUSY = 2  # items that a multiprocessor works on at once
+ROWS = 16  # sequences that a program takes at once of those that share an item, about
 GROWN = 1.25  # a schedule is stale once its longest item is so much longer than it was
 Array = np.ndarray
 Lengths = Tensor | Array | Sequence[int] | Sequence[Sequence[int]]
@@ -75,7 +76,8 @@ class Schedule:
     starts: Tensor
     parts: int
     most_rows: int
-    longest: int = field(default=0)
+    most_parts: int
+    longest: int
 
     @property
     def single(self) -> bool:
@@ -98,7 +100,10 @@ class Schedule:
         found = pages_of(lengths, page)
         runs = cut_runs(found, heads, segments)
         count = programs if programs is not None else _room(device)
-        split = _even(runs, count)
+        split = np.ones(len(runs), dtype=np.int64)
+        for some in (runs.rows == 1, runs.rows > 1):  # each kind is a launch of its own
+            programs_of_one = -(-int(runs.rows[some].max(initial=1)) // ROWS)
+            split[some] = _even(runs.known[some], max(count // programs_of_one, 1))
         run = np.repeat(np.arange(len(runs)), split)
         k = np.arange(len(run)) - np.repeat(np.cumsum(split) - split, split)  # the k-th item of its run
         known, parts = runs.known[run], split[run]
@@ -117,7 +122,8 @@ class Schedule:
         narrow, wide, offset, start = sent.split([len(block) for block in blocks])
         return Schedule(
             len(found), heads, page, runs, narrow.view(-1, FIELDS), wide.view(-1, FIELDS), offset, start,
-            int(runs.rows[run].sum()), int(runs.rows.max(initial=1)), int(size.max(initial=0)),
+            int(runs.rows[run].sum()), int(runs.rows.max(initial=1)), int(np.diff(offsets).max(initial=1)),
+            int(size[alone].max(initial=0)),
         )  # fmt: skip
 
     def stale(self, lengths: Lengths) -> bool:
@@ -184,16 +190,15 @@ def _covered(pages: Array, heads: int, segments: Sequence[Segment]) -> Array:
     return table.reshape(len(pages), -1)
 
 
-def _even(runs: Runs, programs: int) -> Array:
-    """Into how many items each run is cut, so that `programs` at a time finish soonest."""
-    longest = int(runs.known.max(initial=0))
-    sizes = np.unique(np.geomspace(max(longest, 1), 1, 96).round().astype(np.int64))[::-1]
-    parts = np.maximum(-(-runs.known // sizes[:, None]), 1)
+def _even(pages: Array, programs: int) -> Array:
+    """Into how many items runs of so many pages are cut, so that `programs` at a time finish soonest."""
+    sizes = np.unique(np.geomspace(max(int(pages.max(initial=0)), 1), 1, 96).round().astype(np.int64))[::-1]
+    parts = np.maximum(-(-pages // sizes[:, None]), 1)
     items = parts.sum(1)
-    each = (-(-runs.known // parts)).max(1, initial=0) + START
+    longest = (-(-pages // parts)).max(1, initial=0) + START
     # Those that don't fit at once queue up, longest first: the last ones end about half an item after the mean.
-    ends = np.where(items <= programs, each, (runs.known.sum() + START * items + each * (programs - 1) / 2) / programs)
-    return parts[int(ends.argmin())]
+    ends = np.where(items <= programs, longest, (pages.sum() + START * items + longest * (programs - 1) / 2) / programs)
+    return np.asarray(parts[int(ends.argmin())])
 
 
 def _parts(items: Array, heads: int, sequences: int) -> tuple[Array, Array]:

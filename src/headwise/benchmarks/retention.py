@@ -39,7 +39,7 @@ CARD = Card(
 )
 SHAPES = "the embedded model tiny (8 layers x 8 heads), prompts of 2048 tokens: a needle among three like it, ten depths"
 LENGTH = 2048
-SHARES = (0.08, 0.15, 0.25, 0.4)
+SHARES = (0.1, 0.2, 0.35)
 SINK, RECENT = 16, 112  # of streaming heads beside heads that keep everything
 Make = Callable[[Subject, float], Plan]
 
@@ -75,8 +75,9 @@ def methods(subject: Subject) -> dict[str, Make]:
         "h2o": _recipe(h2o),
         "tova": _recipe(tova),
         "snap_kv": _recipe(snap_kv),
+        "snap_kv, pooled over 31": _recipe(snap_kv, kernel=31),
         "pyramid_kv": _recipe(pyramid_kv),
-        "ada_kv": _recipe(ada_kv),
+        "ada_kv, pooled over 31": _recipe(ada_kv, kernel=31),
         "expected_attention": _recipe(expected_attention),
         "task_kv": _recipe(task_kv),
         "duo": _duo(probe("duo_gate", subject, show_progress=False)),
@@ -91,7 +92,7 @@ def retention(device: torch.device, *, quick: bool = False, report: Callable[[Ro
 def _rows(device: torch.device, quick: bool) -> Iterator[Row]:
     subject = open_model(device=device)
     tasks = (
-        Needle(depths=(0.2, 0.8), length=LENGTH) if quick else Needle(length=LENGTH, count=2),
+        Needle(depths=(0.2, 0.8), length=LENGTH) if quick else Needle(length=LENGTH),
         Continuation(rows=1 if quick else 4, length=LENGTH), KvBytes(length=LENGTH),
     )  # fmt: skip
 
@@ -108,7 +109,7 @@ def _rows(device: torch.device, quick: bool) -> Iterator[Row]:
     yield whole
     assert whole.figures is not None
     for name, make in methods(subject).items():
-        for share in SHARES[1:3] if quick else SHARES:
+        for share in SHARES[1:2] if quick else SHARES:
             with make(subject, share)(subject):
                 yield row(f"{name} {share:g}", share, whole.figures["bytes"])
 

@@ -2,7 +2,7 @@
 
 from .arena import PAGE, Arena, Sequences
 from .groups import Keep, View
-from .rule import Codec, Evict, Rule, Seen
+from .rule import Budget, Codec, Evict, Rule, Seen
 from .store import LayerStore
 
-__all__ = ["PAGE", "Arena", "Codec", "Evict", "Keep", "LayerStore", "Rule", "Seen", "Sequences", "View"]
+__all__ = ["PAGE", "Arena", "Budget", "Codec", "Evict", "Keep", "LayerStore", "Rule", "Seen", "Sequences", "View"]

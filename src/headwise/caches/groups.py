@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,8 @@ class View:
 
     k, v: (b, len(heads), slots, d). number: (1 or b, slots), when each key came, or (b, len(heads), slots) where heads keep
     different tokens; -1 marks an empty slot. ordered: slot i holds token i. exact: the store holds what a single new query
-    may read by the mask it was made for, and no more.
+    may read by the mask it was made for, and no more. far: other keys, (b, len(heads), slots, d), by which tokens are read that
+    are not `near`, a rule that shares keys; None where k serves for all.
     """
 
     heads: tuple[int, ...]
@@ -58,6 +60,8 @@ class View:
     number: Tensor
     ordered: bool
     exact: bool
+    far: Tensor | None = None
+    near: Any = None
 
     def split(self) -> list[View]:
         """Views in which all heads keep the same tokens."""

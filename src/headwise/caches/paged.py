@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -49,7 +49,10 @@ class PagedStore:
 
     # ---- what a model does with it ----------------------------------------------------------------------------------
 
-    def extend(self, k: Tensor, v: Tensor, pads: Sequence[int] | None = None, *, read: bool = True) -> list[View]:
+    def extend(
+        self, k: Tensor, v: Tensor, pads: Sequence[int] | None = None, *, read: bool = True,
+        sources: Mapping[int, Sequence[View]] | None = None,
+    ) -> list[View]:  # fmt: skip
         """Takes the new tokens (b, kv heads, c, d) and returns a view of all that is held; see `LayerStore.extend`.
 
         Raises: ShapeError if the rows are not those that are held.
@@ -107,9 +110,7 @@ class PagedStore:
         if any(self.pads):
             number = number + torch.tensor(self.pads, device=device)[:, None]
         if there is not None:
-            there = there[:, 0]
-            number = torch.where(there, number, -1)
-            k, v = (part.masked_fill(~there[:, None, :, None], 0) for part in (k, v))  # whatever is there: 0 times it is not 0
+            number = torch.where(there[:, 0], number, -1)
         return View(self._all, None, k, v, number, ordered=not any(self.pads), exact=False)
 
     @property

@@ -157,7 +157,8 @@ class Evict(Rule, ABC):
 
     def tokens(self, seen: Seen) -> Tensor:
         """(b, kv): the budget in tokens."""
-        each = torch.as_tensor(self.budget, device=seen.k.device).reshape(-1).expand(seen.k.shape[1])
+        exact = torch.float64 if isinstance(self.budget, float) else None  # 0.35 of 40 is 14
+        each = torch.as_tensor(self.budget, dtype=exact, device=seen.k.device).reshape(-1).expand(seen.k.shape[1])
         if each.is_floating_point():
             return (each.double() * seen.real[:, None]).floor().long().clamp(min=1)
         return each.long().expand(len(seen.k), -1).clamp(min=1)

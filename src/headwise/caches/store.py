@@ -7,7 +7,7 @@ may be told what was read, and evict. What is kept is in pages of one arena; lef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .groups import Evicting, Group, Keep, Ring, View
 from .joining import join
 from .rule import PLAIN, Codec, Evict, Rotary, Rule, Seen
 from .rules.staircase import Staircase
+from .sharing import Sharing, Split, of_heads
 from .staircase import Stairs
 
 
@@ -44,9 +45,11 @@ class LayerStore:
         self.groups: list[Group] = []
         self.sequences: dict[int, Sequences] = {}
         alike: dict[int, tuple[Rule, list[tuple[int, ...]]]] = {}  # groups whose tokens are kept as the same rule says
+        self.reads = [(heads, rule.layer) for heads, rule in rules if isinstance(rule, Sharing) and not rule.segments]
         for heads in asked.values():
             kept_as = next((rule for rule, _ in which[heads[0]] if not isinstance(rule, Evict)), PLAIN)
-            alike.setdefault(id(kept_as), (kept_as, []))[1].append(tuple(heads))
+            if kept_as.segments:
+                alike.setdefault(id(kept_as), (kept_as, []))[1].append(tuple(heads))
         for kept_as, groups in alike.values():
             heads_here = sorted(head for heads in groups for head in heads)
             segments = [Sequences(Arena(), len(heads_here)) for _ in kept_as.segments]
@@ -63,12 +66,16 @@ class LayerStore:
         self.broken = False
         self._schedule: Schedule | None = None
 
-    def extend(self, k: Tensor, v: Tensor, pads: Sequence[int] | None = None, *, read: bool = True) -> list[View]:
+    def extend(
+        self, k: Tensor, v: Tensor, pads: Sequence[int] | None = None, *, read: bool = True,
+        sources: Mapping[int, Sequence[View]] | None = None,
+    ) -> list[View]:  # fmt: skip
         """Takes the new tokens (b, kv heads, c, d) and returns a view for each group of heads.
 
         Args:
             pads: left padding of each row; read once, when the store is empty.
             read: False for a single token that `attend` will read with; then there are no views.
+            sources: by layer, the views of those whose heads this one's read.
         """
         if not self.seen:
             self.pads = list(pads) if pads is not None else [0] * k.shape[0]
@@ -78,18 +85,25 @@ class LayerStore:
                 group.pads = np.array(self.pads, dtype=np.int64)
         views = []
         for group in self.groups:
+            if isinstance(group, Split):
+                group.source = sources or {}
             own = list(group.heads)
             own_k, own_v = (k, v) if own == list(range(k.shape[1])) else (k[:, own], v[:, own])
             view = group.extend(own_k, own_v, self.seen, read)
             if view is not None:
                 views.append(view)
+        for heads, layer in self.reads:
+            found = of_heads((sources or {}).get(layer, ()), heads)
+            if sum(len(view.heads) for view in found) != len(heads):
+                raise PlanError(f"layer {self.layer[0]} reads what layer {layer} holds, which has not been read in this call")
+            views += found
         self.seen += k.shape[2]
         return views
 
     @property
     def in_place(self) -> bool:
         """Whether a single new token may read all that is held where it is; on a CPU that pays where lengths differ."""
-        if len(self.sequences) != 1 or not all(group.in_place and group.codec is PLAIN for group in self.groups):
+        if len(self.sequences) != 1 or self.reads or not all(group.in_place and group.codec is PLAIN for group in self.groups):
             return False
         (sequences,) = self.sequences.values()
         pools = sequences.arena.pools
@@ -204,7 +218,7 @@ class LayerStore:
                 for row, heads in enumerate(number):
                     for place, head in enumerate(group.heads):
                         length = int(sequences.lengths[row, group.places[place]])
-                        found[row][head] = sorted(found[row][head] + heads[place][:length])
+                        found[row][head] = sorted({*found[row][head], *heads[place][:length]})
         return found
 
     @property
@@ -234,6 +248,8 @@ def _group(
     keep: Keep | None, layer: tuple[int, int],
 ) -> Group:  # fmt: skip
     """Heads that keep alike."""
+    if isinstance(kept_as, Sharing):
+        return Split(heads, segments, places, kept_as)
     if isinstance(kept_as, Staircase):
         return Stairs(heads, segments, places, kept_as.codecs, kept_as.ages)
     assert isinstance(kept_as, Codec)

@@ -112,7 +112,7 @@ class HeadCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens, where nothing older was freed."""
-        self.store.crop(tokens_to_remove)
+        self.store.crop(abs(tokens_to_remove))  # releases of transformers differ in the sign
 
 
 class HeadCache(Cache):

@@ -49,6 +49,10 @@ class Reading:
             query_positions=self.query_positions, key_positions=self.key_positions,
         )  # fmt: skip
 
+    def joined(self) -> Reading:
+        """The same as one read of one tensor of keys, as statistics see it."""
+        return self
+
     def simplified(self, known: Found) -> Reading:
         """The same reading with a table of the model's said in stages and positions, where that can be: fast sweeps know those."""
         tables = [stage for stage in self.stages if isinstance(stage, DenseMask)]
@@ -96,7 +100,7 @@ class Call:
         return Statistics({name: torch.cat([part[name] for _, part in parts], dim=dim).index_select(dim, order) for name in want})
 
     def _of(self, reading: Reading, want: Mapping[str, Statistic], mean: bool) -> Statistics:
-        reading = reading.simplified(self.known)
+        reading = reading.joined().simplified(self.known)
         return attend_statistics(
             reading.q, reading.k, *reading.stages, want=want, scale=reading.scale, mean=mean, counted=self.valid if mean else None,
             query_positions=reading.query_positions, key_positions=reading.key_positions,
@@ -109,7 +113,7 @@ class Call:
                 reading.q, reading.k, *reading.stages, rows=rows, scale=reading.scale,
                 query_positions=reading.query_positions, key_positions=reading.key_positions,
             )
-            for reading in self.readings
+            for reading in (own.joined() for own in self.readings)
         ]  # fmt: skip
         order = torch.tensor([head for reading in self.readings for head in reading.heads]).argsort()
         return torch.cat(parts, dim=1)[:, order]

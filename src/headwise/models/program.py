@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..attention.mask import And, Mask
 from ..attention.stage import Output, Stage
 from ..caches import Evict, Keep, Rule
+from ..caches.rules.shared_keys import SharedKeys
 from ..errors import PlanError
 from ..stages.window import Window
 from ..types import Heads
@@ -47,7 +48,7 @@ class Program:
     @property
     def plain(self) -> bool:
         """Whether every head reads as the model has it."""
-        return len(self.groups) == 1 and not self.groups[0].stages
+        return len(self.groups) == 1 and not self.groups[0].stages and not any(isinstance(r, SharedKeys) for _, r in self.rules)
 
     def keeps(self, site: Site, window: int | None) -> list[Keep | None]:
         """For each key/value head, what its query heads can still read of the past; `window`: the layer's own window."""

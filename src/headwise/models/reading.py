@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .call import Reading
 from .layout import Site
 from .masks import DenseMask
 from .program import Group, Program
+from .sharing import SplitReading
 
 
 def make_readings(
@@ -40,7 +42,10 @@ def make_readings(
             k, v = _keys_of(view, heads, ratio)
             positions = _positions(view, n, total, pads, q.device)
             own_q = q if len(heads) == site.heads else q[:, list(heads)]
-            readings.append(Reading(heads, own_q, k, v, tuple(stages), scale, *positions))
+            reading = Reading(heads, own_q, k, v, tuple(stages), scale, *positions)
+            if view.far is not None:
+                reading = SplitReading.of(reading, _keys_of(replace(view, k=view.far), heads, ratio)[0], view.near)
+            readings.append(reading)
     return tuple(readings)
 
 

@@ -46,7 +46,7 @@ def subject_for(model: Any) -> Subject:
         raise UnsupportedModelError(f"{name} is no decoder that takes a cache; pages of keys and values are for those")
     if any(site.latent for site in layout.main.sites):
         raise UnsupportedModelError(f"{name} caches one latent for all heads of a layer, which is not held in pages")
-    if subject.session.caches_otherwise:
+    if any(subject.session.program(site).rules for site in subject.main.sites):
         raise PlanError("a plan in force says how heads are cached; remove it, or generate with its own cache")
     return subject
 
@@ -96,6 +96,13 @@ def pad_of(model: Any, options: dict[str, Any], end: Iterable[int]) -> int:
     config = options.get("generation_config") or model.generation_config
     found = options.get("pad_token_id", config.pad_token_id)
     return int(found) if found is not None else min(end, default=0)
+
+
+def copies_of(model: Any, options: dict[str, Any]) -> int:
+    """How many rows `generate` makes of each."""
+    config = options.get("generation_config") or model.generation_config
+    asked = (options.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(1, *(int(count or 1) for count in asked))
 
 
 def new_tokens(ids: Tensor, start: int, end: frozenset[int]) -> list[list[int]]:

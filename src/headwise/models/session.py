@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..attention.mask import Mask
 from ..caches import Keep, LayerStore, View
+from ..caches.sharing import Sharing
 from ..errors import GeometryError, PlanError, UnsupportedModelError
 from ..stages.sink_logit import SinkLogit
 from ..stages.softcap import Softcap
@@ -28,7 +29,9 @@ from .layout import Layout, Site, find_layout
 from .masks import Found
 from .program import Entry, Program, compile_site
 from .reading import make_readings
+from .renumbering import renumbered, renumbers
 from .rotary import RotaryPositions, rotary_of
+from .sharing import SharedReads, check_keeps, check_sharing
 
 
 class Tap(Protocol):
@@ -63,6 +66,7 @@ class Session:
         self._taps: list[tuple[object, Tap]] = []
         self._caches: list[object] = []  # one for each cache that is read by our attention although no plan asks for it
         self._programs: dict[tuple[str, int], Program] = {}
+        self._sources: set[tuple[str, int]] | None = None  # (stack, layer) that others read; None until it is asked
         self._rotary: dict[tuple[str, int], RotaryPositions | None] = {}
         self._sites: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
         for stack in self.layout.stacks.values():
@@ -83,6 +87,7 @@ class Session:
         self._padded: bool | None = None
         self._plain_mask = False
         self._cache: HeadCache | None = None
+        self._shared = SharedReads()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self  # a copied model has no session: its attention says so
@@ -130,6 +135,7 @@ class Session:
 
     def _changed(self) -> None:
         self._programs.clear()
+        self._sources = None
         self._masked = None
         self._version += 1
 
@@ -213,6 +219,7 @@ class Session:
         self._padded = None
         self._plain_mask = False
         self._cache = None
+        self._shared.forget()
 
     def _masks_main(self) -> bool:
         """Whether a plan masks heads of the main stack, or says how they are cached."""
@@ -224,7 +231,8 @@ class Session:
     @property
     def caches_otherwise(self) -> bool:
         """Whether a plan in force has rules of how heads are cached, which a forward pass without a cache knows nothing of."""
-        return any(self.program(site).rules for site in self.layout.main.sites)
+        rules = [rule for site in self.layout.main.sites for _, rule in self.program(site).rules]
+        return any(not isinstance(rule, Sharing) for rule in rules)
 
     # ---- caches -----------------------------------------------------------------------------------------------------
 
@@ -266,6 +274,7 @@ class Session:
                 raise PlanError("this cache was filled under another plan; continue it under the plan that it was filled under")
 
         layers: list[Any] = []
+        all_keeps: dict[int, list[Keep | None]] = {}
         for index, layer in enumerate(template.layers):
             site = sites.get(index)
             if site is None or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -274,7 +283,10 @@ class Session:
             window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
             program = self.program(site)
             keeps: list[Keep | None] = program.keeps(site, window)
-            rules = () if window is not None else program.rules  # a layer with a window of its own is bounded already
+            check_keeps(site, program, keeps, all_keeps, window)
+            all_keeps[site.layer] = keeps
+            # a layer with a window of its own is bounded already
+            rules = tuple(pair for pair in program.rules if window is None or isinstance(pair[1], Sharing))
             freed |= bool(rules) or program.keeps(site, None) != [None] * site.key_value_heads
             layers.append(HeadCacheLayer(LayerStore(keeps, rules, (site.layer, len(sites))), window, check))
         return HeadCache(layers=layers) if freed or always else None
@@ -293,8 +305,17 @@ class Session:
         """What the plans in force ask of one module."""
         key = (site.stack, site.layer)
         if key not in self._programs:
-            self._programs[key] = compile_site(site, [entry for _, entries in self._entries for entry in entries])
+            program = compile_site(site, [entry for _, entries in self._entries for entry in entries])
+            check_sharing(site, program, self.layout.stacks[site.stack].sites, self.program)
+            self._programs[key] = program
         return self._programs[key]
+
+    def _is_source(self, site: Site) -> bool:
+        """Whether heads of a later layer read what this one's do."""
+        if self._sources is None:
+            sites = [site for stack in self.layout.stacks.values() for site in stack.sites]
+            self._sources = {(s.stack, r.layer) for s in sites for _, r in self.program(s).rules if isinstance(r, Sharing)}
+        return (site.stack, site.layer) in self._sources
 
     def rotary(self, site: Site) -> RotaryPositions | None:
         """The rotary positions of one module, found when first asked for; see `rotary_of`."""
@@ -313,6 +334,8 @@ class Session:
             )
         program = self.program(site)
         stored = self._store(site, k)
+        if stored is None:
+            k, v = self._shared.given(site, program, k, v, self._is_source(site))
         readings: tuple[Reading, ...] = ()
         direct = stored is not None and self._reads_in_place(site, program, stored[0], q, extras)
         if not direct and (stored is not None or self._taps or not program.plain):
@@ -358,18 +381,23 @@ class Session:
                 k, v = k[:, :, :n], v[:, :, :n]
             total = k.shape[2]
             number = torch.arange(total, device=k.device)[None]
-            views = [View(tuple(range(k.shape[1])), None, k, v, number, ordered=True, exact=False)]
+            views = self._shared.split(program, View(tuple(range(k.shape[1])), None, k, v, number, ordered=True, exact=False), site)
         else:
             if mask is None and causal and n > 1 and store.seen:
                 raise UnsupportedModelError(f"{site.path} gives no mask for a prompt in parts; per-head caching needs one")
-            views = store.extend(k, v, pads)
+            views = store.extend(k, v, pads, sources=self._shared.views)
+            if self._is_source(site):
+                self._shared.note(site, program, views)
             total = store.seen
         own, visible = model_stages(q, total, mask, causal, extras, site.path)
-        return make_readings(site, program, q, views, own, visible, _scale(q, extras), total, pads)
+        readings = make_readings(site, program, q, views, own, visible, _scale(q, extras), total, pads)
+        return renumbered(readings, site, program, self.rotary(site)) if renumbers(program) else readings
 
     def _reads_in_place(self, site: Site, program: Program, store: LayerStore, q: Tensor, extras: dict[str, Any]) -> bool:
         """Whether a new token reads just what the store holds, as the model reads: nothing of masks and stages is left to do."""
-        if q.shape[2] != 1 or self._taps or not store.in_place or not self._only_padded(q.shape[0]):
+        if q.shape[2] != 1 or self._taps or self._is_source(site) or not store.in_place or not self._only_padded(q.shape[0]):
+            return False
+        if renumbers(program):
             return False
         if torch.is_grad_enabled() and q.requires_grad:
             return False
@@ -400,7 +428,7 @@ class Session:
         untouched = {group.heads for group in self.program(site).groups if not group.stages}
         out: Tensor | None = None
         for reading in readings:
-            if self._cache is None and reading.heads in untouched and base_of(module) == "sdpa":
+            if self._cache is None and type(reading) is Reading and reading.heads in untouched and base_of(module) == "sdpa":
                 part = base_attention_of(module, reading, mask, extras)
             else:
                 part = reading.run().transpose(1, 2)

@@ -25,11 +25,11 @@ CARD = Card(
     room="cache",
     source=(
         "arXiv:2410.10819, sec. 2.2: gates alpha that mix a head's full and streaming outputs, alpha F + (1 - alpha) S. The "
-        "paper trains them by distillation on passkeys; here is the gradient of the answer's loss at alpha = 1/2 for all heads, "
-        "from one backward pass a prompt. Sinks and window follow the paper's training shares (128 and 256 of long contexts) "
-        "scaled to short ones"
+        "paper trains them by distillation on passkeys, which is headwise.plans.gates.train_gates; here is the gradient of the "
+        "answer's loss at alpha = 1/2 for all heads, from one backward pass a prompt. Sinks and window follow the paper's training "
+        "shares (128 and 256 of long contexts) scaled to short ones"
     ),
-    status="first order: the gradient of the gates, not gates trained to convergence",
+    status="first order: the gradient of the gates; gates trained to convergence are in plans/gates.py",
 )
 PLANTED = Planted("induction", at_least=0.01, others_at_most=1e-6)
 

@@ -20,6 +20,7 @@ from ..errors import RegistryError
 MODULES = {
     "stage": "stages",
     "rule": "rules",
+    "cache": "caches",
     "probe": "probes",
     "recipe": "recipes",
     "task": "tasks",

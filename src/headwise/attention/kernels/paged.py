@@ -38,18 +38,19 @@ def _step(
     return acc, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def paged_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, item_ptr, sink_ptr, out_ptr, lse_ptr,
-    q_sb, q_sh, q_sn, k_sp, k_st, v_sp, v_st, table_s, blocks, kv_heads, group, n, d, dv, scale,
+    q_sb, q_sh, q_sn, k_sp, k_st, v_sp, v_st, table_s, width, blocks, kv_heads, group, n, d, dv, scale,
     P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LAST: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WHOLE_D: tl.constexpr, WHOLE_DV: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: M query rows of an item, which says: the sequence whose table has the pages; the first of them and how
     many; the first batch row that reads them and how many; and where results go, counted in rows of one sequence.
 
-    LAST: results are outputs; else they are parts that `merge_kernel` puts together.
+    width: of the table. LAST: results are outputs; else they are parts that `merge_kernel` puts together. EARLY: what comes
+    next may be launched before the results are there.
     """
     item = item_ptr + (tl.program_id(0) // blocks) * FIELDS
     each = group * n  # query rows of one sequence: heads of the group, then tokens
@@ -67,6 +68,8 @@ def paged_kernel(
     q_row = q_ptr + b.to(tl.int64) * q_sb + head.to(tl.int64) * q_sh + (x % n).to(tl.int64) * q_sn
     c = tl.arange(0, BLOCK_D)
     q = tl.load(q_row[:, None] + c[None, :], mask=inside[:, None] & (c < d)[None, :], other=0.0)
+    table = table_ptr + sequence.to(tl.int64) * table_s + first
+    page = tl.load(table, mask=first < width, other=0)
     # Tokens that a row sees: all that its sequence holds, less the new ones after its own.
     limit = tl.load(length_ptr + b * kv_heads + kv, mask=inside, other=0) - (n - 1) + x % n
     held = tl.max(tl.where(inside, limit, 0))
@@ -76,11 +79,9 @@ def paged_kernel(
     end = tl.minimum(held, (first + tl.minimum(pages, tl.cdiv(held, P))) * P)
     full = tl.maximum(tl.minimum(least, end) - begin, 0) // N
     stop = tl.cdiv(tl.maximum(end - begin, 0), N)
-    table = table_ptr + sequence.to(tl.int64) * table_s + first
     acc = tl.zeros([M, BLOCK_DV], tl.float32)
     top = tl.full([M], NEG, tl.float32)
     total = tl.zeros([M], tl.float32)
-    page = tl.load(table, mask=stop > 0, other=0)
     for tile in tl.range(0, full, num_stages=STAGES):
         after = tl.load(table + (tile + 1) * N // P, mask=tile + 1 < stop, other=0)
         acc, top, total = _step(
@@ -95,6 +96,8 @@ def paged_kernel(
             P, N, SOFTCAP, BLOCK_D, BLOCK_DV, WHOLE_D, WHOLE_DV, EXACT, True,
         )  # fmt: skip
 
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     some = total > 0.0
     whole = tl.where(some, total, 1.0)
     inverse = tl.where(some, 1.0 / whole, 0.0)
@@ -115,31 +118,38 @@ def paged_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, part_lse_ptr, offset_ptr, start_ptr, sink_ptr, out_ptr, lse_ptr, kv_heads, group, n, dv,
-    PARTS: tl.constexpr, SINKS: tl.constexpr, BLOCK_DV: tl.constexpr,
+    part_ptr, part_lse_ptr, offset_ptr, start_ptr, sink_ptr, out_ptr, lse_ptr, blocks, kv_heads, group, n, dv,
+    PARTS: tl.constexpr, ORDERED: tl.constexpr, SINKS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query row of one sequence, put together from its parts, in their order.
+    """One program: some columns of one query row of one sequence, put together from its parts, in their order.
 
-    Parts of sequence s start at `start_ptr[offset_ptr[s] .. offset_ptr[s + 1]]`, counted in rows of one sequence.
+    Parts of sequence s start at `start_ptr[offset_ptr[s] .. offset_ptr[s + 1]]`, counted in rows of one sequence; ORDERED: at
+    offset_ptr[s] .. offset_ptr[s + 1]. EARLY: launched before the parts are there.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     each = group * n
     sequence = row // each
     begin = tl.load(offset_ptr + sequence)
     end = tl.load(offset_ptr + sequence + 1)
-    c = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([BLOCK_DV], tl.float32)
+    c = block * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([COLUMNS], tl.float32)
     top = tl.full([1], NEG, tl.float32)
     total = tl.zeros([1], tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     for at in tl.range(begin, end, PARTS):
         part = at + tl.arange(0, PARTS)
-        place = tl.load(start_ptr + part, mask=part < end, other=0).to(tl.int64) * each + row % each
+        start = part
+        if not ORDERED:
+            start = tl.load(start_ptr + part, mask=part < end, other=0)
+        place = start.to(tl.int64) * each + row % each
         lse = tl.load(part_lse_ptr + place, mask=part < end, other=float("-inf")) * LOG2E
+        out = tl.load(part_ptr + place[:, None] * dv + c[None, :], mask=(part < end)[:, None] & (c < dv)[None, :], other=0.0)
         some = lse > NEG
         peak = tl.maximum(top, tl.max(tl.where(some, lse, NEG), 0))
         weight = tl.where(some, tl.exp2(lse - peak), 0.0)
         alpha = tl.exp2(top - peak)
-        out = tl.load(part_ptr + place[:, None] * dv + c[None, :], mask=(part < end)[:, None] & (c < dv)[None, :], other=0.0)
         acc = acc * alpha + tl.sum(out * weight[:, None], 0)
         total = total * alpha + tl.sum(weight, 0)
         top = peak
@@ -153,7 +163,6 @@ def merge_kernel(
         top = peak
     whole = tl.where(some, total, 1.0)
     lse = tl.where(some, (tl.log2(whole) + top) * LN2, float("-inf"))
-    tl.store(lse_ptr + row + tl.arange(0, 1), lse)
-    tl.store(
-        out_ptr + row.to(tl.int64) * dv + c, (acc * tl.where(some, 1.0 / whole, 0.0)).to(out_ptr.dtype.element_ty), mask=c < dv
-    )
+    tl.store(lse_ptr + row + tl.arange(0, 1), lse, mask=block + tl.arange(0, 1) == 0)
+    out = acc * tl.where(some, 1.0 / whole, 0.0)
+    tl.store(out_ptr + row.to(tl.int64) * dv + c, out.to(out_ptr.dtype.element_ty), mask=c < dv)

@@ -30,8 +30,8 @@ CARD = Card(
 class SnapKv(Evict):
     """After a prompt, keeps its last `window` tokens and those before them that get most weight from their queries.
 
-    budget: see `Evict`; the window is part of it. window: queries that vote. kernel: odd width of the pooling, 1 for none.
-    pooling: "max" or "mean".
+    budget: see `Evict`; the window is part of it. window: queries that vote. kernel: odd width of the pooling, 1 for none; a
+    passage whose beginning gets the votes is kept for half a kernel, so longer answers need a wider one. pooling: "max" or "mean".
     """
 
     budget: Budget

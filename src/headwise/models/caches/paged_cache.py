@@ -15,8 +15,18 @@ from ...card import Card
 from ...errors import InputError, PlanError, UnsupportedModelError
 from ..cache import HeadCache, HeadCacheLayer, cache_argument
 from ..serving import (
-    Prompts, checker, ends_of, layers_of, new_tokens, pad_of, prefill, rows_of, subject_for, window_of,
-)  # fmt: skip
+    Prompts,
+    checker,
+    copies_of,
+    ends_of,
+    layers_of,
+    new_tokens,
+    pad_of,
+    prefill,
+    rows_of,
+    subject_for,
+    window_of,
+)
 from ..subject import Subject, pad_rows
 
 CARD = Card(
@@ -53,7 +63,7 @@ class PagedCache(HeadCache):
     its own holds all tokens nevertheless.
 
         with PagedCache(model) as cache:
-            model(ids, past_key_values=cache)          # a prompt
+            model(**cache.inputs(ids))                 # a prompt
             cache.fork(0, 3)                           # three more rows like the first, in the same pages
             model(**cache.inputs(next_tokens))         # a token each; what rows share stays as it is
             cache.free([1])
@@ -80,7 +90,7 @@ class PagedCache(HeadCache):
         self._open(subject, stores)
 
     def _open(self, subject: Subject, stores: Sequence[PagedStore]) -> None:
-        self._state, self._subject = {"closed": False}, subject
+        self._state, self.subject = {"closed": False}, subject
         check = checker(subject.session, self._state)
         super().__init__(layers=[PagedLayer(store, store.window, check) for store in stores])
         # Removed with the last reference at the latest. Nothing in it refers to the cache itself.
@@ -90,7 +100,7 @@ class PagedCache(HeadCache):
         """An empty cache for the same model in the same pages; its rows can be added to these."""
         self._check()
         made = PagedCache.__new__(PagedCache)
-        made._open(self._subject, [store.sibling() for store in self.stores])
+        made._open(self.subject, [store.sibling() for store in self.stores])
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
@@ -115,6 +125,11 @@ class PagedCache(HeadCache):
             raise PlanError("this cache is closed; make a new one")
 
     # ---- what is held -----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.subject.device
 
     @property
     def stores(self) -> list[PagedStore]:
@@ -194,34 +209,34 @@ class PagedCache(HeadCache):
 
     def inputs(self, tokens: Tensor | Sequence[Sequence[int]]) -> dict[str, Any]:
         """What the model's forward takes to read tokens (rows, n) after what is held: with mask, places and this cache."""
-        model = self._subject.model
-        ids = torch.as_tensor(tokens, device=self._subject.device)
+        self._check()
+        model = self.subject.model
+        ids = torch.as_tensor(tokens, device=self.subject.device)
         start = torch.tensor(self.lengths or [0] * len(ids), device=ids.device)[:, None]
         seen, n = self.get_seq_length(), ids.shape[1]
         mask = torch.arange(seen + n, device=ids.device) >= seen - start
         given = {"input_ids": ids, "attention_mask": mask.long(), str(cache_argument(model)): self}
-        if "position_ids" in self._subject.forward_names:
+        if "position_ids" in self.subject.forward_names:
             given["position_ids"] = start + torch.arange(n, device=ids.device)
         return given
 
-    def generate(self, prompts: Prompts, *, samples: int = 1, **options: Any) -> list[list[int]]:
-        """The new tokens of each prompt, `samples` times each, which read the prompt once and share its pages.
+    def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
+        """The new tokens of each prompt, as many times as `num_return_sequences` says; samples and beams of one prompt share its
+        pages, and read it once.
 
-        options: of the model's own `generate`. What is held before is forgotten; what is held after stays.
+        options: of the model's own `generate`. What was held before is forgotten; what is held then stays.
         """
         self._check()
         self.reset()
-        model: Any = self._subject.model
-        rows = rows_of(prompts)
-        end = ends_of(model, options)
-        ids, mask = pad_rows(rows, pad_of(model, options, end), self._subject.device)
-        name = str(cache_argument(model))
-        if samples > 1:
-            if ids.shape[1] > 1:
-                places = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-                more = {"position_ids": places} if "position_ids" in self._subject.forward_names else {}
-                prefill(self._subject, {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], name: self, **more})
-                self.batch_repeat_interleave(samples)
-            ids, mask = (part.repeat_interleave(samples, 0) for part in (ids, mask))
-        made = model.generate(ids, attention_mask=mask, **{name: self}, **{"pad_token_id": pad_of(model, options, end), **options})
+        model: Any = self.subject.model
+        end, name = ends_of(model, options), str(cache_argument(model))
+        pad = pad_of(model, options, end)
+        ids, mask = pad_rows(rows_of(prompts), pad, self.device)
+        copies = copies_of(model, options)
+        if copies > 1 and ids.shape[1] > 1:
+            places = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+            more = {"position_ids": places} if "position_ids" in self.subject.forward_names else {}
+            prefill(self.subject, {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], name: self, **more})
+            self.batch_repeat_interleave(copies)
+        made = model.generate(ids, attention_mask=mask, **{"pad_token_id": pad, **options, name: self})
         return new_tokens(made if isinstance(made, Tensor) else made.sequences, ids.shape[1], end)

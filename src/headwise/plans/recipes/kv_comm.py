@@ -12,9 +12,10 @@ from torch import Tensor
 from ...caches.rules.withheld import Withheld
 from ...card import Card
 from ...models.handing import context_weight, send
+from ...models.inputs import text_ids
 from ...models.subject import Subject, as_subject
 from ...progress import bar
-from ...tasks.needle import Needle
+from ...prompts import needle_prompts
 from ..plan import Plan
 
 CARD = Card(
@@ -76,8 +77,11 @@ def _spread(scores: Tensor) -> Tensor:
 
 def _looked_at(receiver: Subject, sender: Subject, samples: int, show_progress: bool) -> Tensor:
     length = min(receiver.max_length, 1024)
-    depths = tuple((i + 0.5) / samples for i in range(samples))
-    prompts = Needle(depths=depths, length=length, seed=7).prompts(receiver, None)
+    depths, haystack = tuple((i + 0.5) / samples for i in range(samples)), text_ids(receiver, None)
+    prompts = needle_prompts(
+        haystack * -(-length // len(haystack)), length, depths, vocabulary=receiver.vocabulary, begin=receiver.begin, seed=7,
+        encode=receiver.encode_raw if receiver.tokenizer is not None else None,
+    )  # fmt: skip
     total = torch.zeros(receiver.main.shape[0], dtype=torch.float64)
     with bar(len(prompts), "choosing layers", show_progress) as advance:
         for prompt in prompts:
