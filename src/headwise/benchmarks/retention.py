@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..card import Card
+from ..models.cache import cache_argument, cache_of
 from ..models.subject import Subject, open_model
 from ..plans import Plan
 from ..plans.recipes.ada_kv import ada_kv
@@ -34,7 +35,7 @@ CARD = Card(
     room="bench",
     source=(
         "arXiv:2410.10819, sec. 3.2, draws needle recall against the share of the cache; here on the embedded model, its cache "
-        "measured after the prompt, with the question at the prompt's end"
+        "measured after the prompt, with the question at the prompt's end, and after it, which heads then don't know of"
     ),
 )
 SHAPES = "the embedded model tiny (8 layers x 8 heads), prompts of 2048 tokens: a needle among three like it, ten depths"
@@ -84,8 +85,26 @@ def methods(subject: Subject) -> dict[str, Make]:
     }
 
 
+@torch.no_grad()
+def asked_later(subject: Subject, task: Needle) -> float:
+    """Recall if the question comes in a call of its own, after the context was read and heads had to choose without it."""
+    hits, prompts, name = 0, task.prompts(subject, None), str(cache_argument(subject.model))
+    for prompt in prompts:
+        line = subject.tokenizer.decode(prompt.input_ids[-64:]).rsplit("\n", 1)[-1]  # type: ignore[union-attr]
+        asked = len(prompt.input_ids) - len(subject.encode_raw(line))
+        ids = torch.tensor([prompt.input_ids], device=subject.device)
+        cache = {name: cache_of(subject.model(input_ids=ids[:, :asked], use_cache=True, logits_to_keep=1))}
+        logits = subject.model(input_ids=ids[:, asked:], **cache).logits[0, -1]
+        for place, token in enumerate(prompt.answer):
+            if int(logits.argmax()) != token:
+                break
+            hits += place + 1 == len(prompt.answer)
+            logits = subject.model(input_ids=ids.new_tensor([[token]]), **cache).logits[0, -1]
+    return hits / len(prompts)
+
+
 def retention(device: torch.device, *, quick: bool = False, report: Callable[[Row], None] = lambda row: None) -> Table:
-    """Needle recall, loss after the prompt and bytes of the embedded model's cache under each method; quick: two depths."""
+    """Needle recall, loss and bytes of the embedded model's cache under each method; quick: two depths."""
     return collected("retention", device, SHAPES, _rows(device, quick), report)
 
 
@@ -100,9 +119,10 @@ def _rows(device: torch.device, quick: bool) -> Iterator[Row]:
         found: dict[str, Any] = {}
         for task in tasks:
             found |= task.run(subject, None, lambda _: None)
-        size = float(found["kv_bytes"])
-        figures = {"needle": found["needle"], "loss": found["continuation_loss"], "bytes": size, "share": share}
-        told = f"needle {found['needle']:.2f}, loss {found['continuation_loss']:.3f}, {size / 2**20:.2f} MiB"
+        size, later = float(found["kv_bytes"]), asked_later(subject, tasks[0])
+        figures = {"needle": found["needle"], "later": later, "loss": found["continuation_loss"], "bytes": size, "share": share}
+        told = f"needle {found['needle']:.2f}, asked later {later:.2f}, loss {found['continuation_loss']:.3f}"
+        told = f"{told}, {size / 2**20:.2f} MiB"
         return Row("retention", what, LENGTH, None, note=told if base is None else f"{told} ({size / base:.0%})", figures=figures)
 
     whole = row("full cache", 1.0, None)
@@ -124,10 +144,11 @@ def plot(table: Table, file: Path) -> Path:
     (whole,) = curves.pop("full")
 
     def draw(figures: Any) -> Any:
-        figure = figures.Figure(figsize=(9.0, 4.0), layout="constrained")
+        figure = figures.Figure(figsize=(13.0, 4.2), layout="constrained")
         for axes, metric, title in zip(
-            figure.subplots(1, 2), ("needle", "loss"), ("needle recall", "loss after the prompt, nats a token"), strict=True
-        ):
+            figure.subplots(1, 3), ("needle", "later", "loss"),
+            ("needle recall, asked in the prompt", "asked after it", "loss after the prompt, nats a token"), strict=True,
+        ):  # fmt: skip
             for number, (name, points) in enumerate(curves.items()):
                 points.sort(key=lambda point: point["bytes"])
                 look = {
