@@ -163,7 +163,7 @@ def test_paths_that_end_earlier_wait():
     lengths = [e - b + 1 for b, e in zip(begin, last, strict=True)]
     assert len(set(lengths)) > 1
     assert lengths[-1] < max(lengths)
-    place, found = branched(text[: text.index(END) + 1], TAGS).position, logits(model, text[: text.index(END) + 2])
+    place, found = branched(text[: text.index(END) + 1], TAGS).position, logits(model, text[: text.index(END) + 1])
     assert place[-1] == place[begin[0]] + max(lengths)
     kept = 0
     for b, e in zip(begin, last, strict=True):

@@ -18,7 +18,7 @@ from ..plans import Plan
 from ._check import Item, require
 
 NAMES = ("tiny", "tiny-gqa")
-TOKENS = 24
+TOKENS = 12
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +38,7 @@ def _made(recipe: Callable[..., Plan], example: Callable[[Subject], Plan] | None
     return example(subject) if example else recipe(subject, show_progress=False)
 
 
-def _prompt(subject: Subject, rows: int = 2, length: int = 400) -> Tensor:
+def _prompt(subject: Subject, rows: int = 2, length: int = 256) -> Tensor:
     ids = torch.randint(3, 4096, (rows, length), generator=torch.Generator().manual_seed(2))
     ids[:, 0] = subject.begin[0]
     return ids

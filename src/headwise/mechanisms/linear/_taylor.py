@@ -30,12 +30,20 @@ def taylor(x: Float[Tensor, "... d"], order: int, packed: bool = True) -> Float[
             features.append((features[-1][..., :, None] * x[..., None, :]).flatten(-2) * degree**-0.5)
         return torch.cat(features, -1)
     for degree in range(1, order + 1):
-        factors, scales = _monomials(x.shape[-1], degree)
-        terms = x.new_tensor(scales)
+        factors, terms = _placed(x.shape[-1], degree, x.device, x.dtype)
         for channels in factors:
             terms = terms * x[..., channels]
         features.append(terms)
     return torch.cat(features, -1)
+
+
+@lru_cache(maxsize=32)
+def _placed(size: int, degree: int, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Channels of each factor and scales of all monomials, where they are used: nothing is sent there again."""
+    factors, scales = _monomials(size, degree)
+    with torch.inference_mode(False):  # they are kept for calls with gradients, too
+        places = tuple(torch.tensor(channels, device=device) for channels in factors)
+        return places, torch.tensor(scales, device=device, dtype=dtype)
 
 
 def size_of(size: int, order: int, packed: bool = True) -> int:
