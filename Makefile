@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Written when the installation is complete, so that a second call installs nothing; older than what it depends on, it is redone.
 INSTALLED := $(VENV)/.installed
+# Processes that run the tests side by side.
+WORKERS ?= 2
 
 .PHONY: scan test bench clean install
 
@@ -13,7 +15,7 @@ scan: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(INSTALLED)
 	@set -e; for name in $$($(BIN)/python -c "from headwise import registry; print(*registry.names('benchmark'))"); do \

@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, quiet transformers, two threads."""
+"""Shared by all tests: no network, quiet transformers, two threads, or one in each of several processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headwise.models.subject import Subject, open_model
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
