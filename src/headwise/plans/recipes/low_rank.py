@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...caches.rules.low_rank import CARD, LowRank
+from ...caches.rules.low_rank import CARD as RULE
+from ...caches.rules.low_rank import LowRank
+from ...card import Card
 from ...errors import PlanError
 from ...models.call import Call
 from ...models.inputs import text_rows
@@ -16,7 +18,7 @@ from ...models.subject import Subject, as_subject
 from ...types import Heads
 from ..plan import Plan
 
-__all__ = ["CARD", "example", "low_rank"]
+CARD = Card(paper=RULE.paper, year=RULE.year, room=RULE.room, source=RULE.source)
 
 Squares = dict[int, tuple[Tensor, Tensor]]
 
