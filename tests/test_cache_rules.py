@@ -12,6 +12,7 @@ import torch
 from families import Family, inputs
 
 from headwise.caches import PAGE, LayerStore
+from headwise.caches.rules.quantized import Quantized
 from headwise.caches.rules.snap_kv import SnapKv
 from headwise.errors import PlanError
 from headwise.models.cache import HeadCache, cache_argument, cache_of
@@ -114,37 +115,68 @@ def test_left_padding_is_not_held():
             assert len(held) == 16
 
 
-def test_a_prompt_that_fails_leaves_an_empty_cache():
-    subject = doubled(DECODERS[0])
-    ids = inputs("decoder", length=40)["input_ids"]
+def failing(error):
+    """A tap that raises in the second layer, when the first has taken the new tokens."""
 
     def tap(call, out):
         if call.site.layer == 1:
-            raise MemoryError
+            raise error
 
+    return tap
+
+
+errors = pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+
+
+@errors
+def test_a_prompt_that_fails_leaves_an_empty_cache(error):
+    subject = doubled(DECODERS[0])
+    ids = inputs("decoder", length=40)["input_ids"]
     with all_heads(subject, SnapKv(16, window=4))(subject), torch.no_grad():
         cache = cache_of(subject.model(ids, use_cache=True))
         wanted = [layer.store.held() for layer in cache.layers]
         cache.reset()
-        with subject.tap(tap), pytest.raises(MemoryError):
+        with subject.tap(failing(error)), pytest.raises(error):
             subject.model(ids, **{cache_argument(subject.model): cache})
-        assert [layer.store.seen for layer in cache.layers] == [0, 0]
-        assert all(sequences.arena.held == 0 for layer in cache.layers for sequences in layer.store.sequences.values())
+        assert cache.get_seq_length() == 0
+        if error is MemoryError:  # an interruption is seen at the next call
+            assert [layer.store.seen for layer in cache.layers] == [0, 0]
+            assert all(sequences.arena.held == 0 for layer in cache.layers for sequences in layer.store.sequences.values())
         subject.model(ids, **{cache_argument(subject.model): cache})
         assert [layer.store.held() for layer in cache.layers] == wanted
 
 
-def test_a_later_prompt_that_fails_is_refused_until_reset():
+@errors
+def test_generation_goes_on_after_a_token_that_failed(error):
+    """As if the call had not been made, in plain calls and in `generate`."""
+    subject = doubled(DECODERS[0])
+    ids, name = inputs("decoder", length=41)["input_ids"], cache_argument(subject.model)
+    for rule in (SnapKv(16, window=4), Quantized(8)):
+        with all_heads(subject, rule)(subject), torch.no_grad():
+            wanted = generated(subject.model, input_ids=ids, **{name: cache_of(subject.model(ids[:, :40], use_cache=True))})
+            cache = cache_of(subject.model(ids[:, :40], use_cache=True))
+            with subject.tap(failing(error)), pytest.raises(error):
+                subject.model(ids[:, 40:], **{name: cache})
+            assert cache.get_seq_length() == 40
+            assert torch.equal(generated(subject.model, input_ids=ids, **{name: cache}), wanted)
+            with subject.tap(failing(error)), pytest.raises(error):
+                subject.model(ids[:, :1], **{name: cache})
+            cache.crop(-8)  # what was generated
+            assert [layer.store.seen for layer in cache.layers] == [40, 40]
+            with subject.tap(failing(error)), pytest.raises(error):
+                subject.model(ids[:, 40:], **{name: cache})
+            cache.reset()
+            subject.model(ids[:, :40], **{name: cache})
+            assert torch.equal(generated(subject.model, input_ids=ids, **{name: cache}), wanted)
+
+
+@errors
+def test_a_later_prompt_that_fails_is_refused_until_reset(error):
     subject = doubled(DECODERS[0])
     ids = inputs("decoder", length=40)["input_ids"]
-
-    def tap(call, out):
-        if call.site.layer == 1:
-            raise MemoryError
-
     with all_heads(subject, SnapKv(16, window=4))(subject), torch.no_grad():
         cache = cache_of(subject.model(ids, use_cache=True))
-        with subject.tap(tap), pytest.raises(MemoryError):
+        with subject.tap(failing(error)), pytest.raises(error):
             subject.model(ids, **{cache_argument(subject.model): cache})
         with pytest.raises(PlanError, match="from the start"):
             subject.model(ids[:, :1], **{cache_argument(subject.model): cache})
@@ -169,6 +201,7 @@ def test_what_rules_refuse():
 RESIDENT = """
 import resource, sys, torch
 from headwise.caches import LayerStore
+from headwise.caches.rules.quantized import Quantized
 from headwise.caches.rules.snap_kv import SnapKv
 
 def now():

@@ -142,13 +142,11 @@ class LayerStore:
             return
         self.seen = seen
         for group in self.groups:
-            if seen == 0:
-                continue
-            if group.undo is None:
-                self.broken = True
-            else:
+            if group.undo is not None:
                 group.undo()
-        if seen == 0:
+            elif seen:
+                self.broken = True
+        if not seen:
             for sequences in self.sequences.values():
                 sequences.clear()
 

@@ -118,19 +118,43 @@ class HeadCacheLayer(CacheLayerMixin):
 class HeadCache(Cache):
     """All layers of a model; made by applying a plan, and used by passing it on as the model's cache or by `generate`."""
 
+    _before: list[int] | None = None  # tokens of each layer when the call began that has not ended yet
+
     def begin(self) -> None:
-        """Notes where a call starts, so that it can be taken back if it fails."""
-        self._seen = [layer.store.seen if isinstance(layer, HeadCacheLayer) else 0 for layer in self.layers]
+        """Notes where a call starts. One that was interrupted before, and so never ended, is taken back first."""
+        self.rollback()
+        self._before = [layer.store.seen if isinstance(layer, HeadCacheLayer) else 0 for layer in self.layers]
+
+    def end(self) -> None:
+        """The call is complete."""
+        self._before = None
 
     def rollback(self) -> None:
-        """After an error in a call: every layer is as before it, so that the call can be made again.
+        """After an error in a call: every layer is as before it, so that the call can be made again. Nothing after a complete one.
 
         Where tokens were evicted meanwhile that is not possible; the next call says so.
         """
-        for layer, seen in zip(self.layers, self._seen, strict=True):
+        before, self._before = self._before, None
+        for layer, seen in zip(self.layers, before or (), strict=before is not None):
             if isinstance(layer, HeadCacheLayer):
                 layer.pending = None
                 layer.store.rollback(seen)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._before = None
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, where nothing older was freed."""
+        self.rollback()
+        super().crop(tokens_to_remove)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that came, freed ones included; those of a call that has not ended do not count yet."""
+        if self._before is not None and isinstance(self.layers[layer_idx], HeadCacheLayer):
+            return self._before[layer_idx]
+        return int(super().get_seq_length(layer_idx))
 
     def host_bytes(self) -> int:
         """Bytes allocated in the host's memory, for heads that are offloaded."""

@@ -208,8 +208,11 @@ class Session:
         return bound.args[1:], bound.kwargs
 
     def _after(self, _: nn.Module, __: Any, output: Any) -> None:
-        if output is None and self._cache is not None:
-            self._cache.rollback()
+        if self._cache is not None:
+            if output is None:  # an error; one that is no Exception, as KeyboardInterrupt, does not come by here
+                self._cache.rollback()
+            else:
+                self._cache.end()
         self._forget_forward()
 
     def _forget_forward(self) -> None:

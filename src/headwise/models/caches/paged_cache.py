@@ -123,6 +123,7 @@ class PagedCache(HeadCache):
     def _check(self) -> None:
         if self._state["closed"]:
             raise PlanError("this cache is closed; make a new one")
+        self.rollback()
 
     # ---- what is held -----------------------------------------------------------------------------------------------
 
